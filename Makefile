@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) infra/bootstrap.py
 
-.PHONY: help setup demo test quick lint long accept bench chaos clean
+.PHONY: help setup demo test quick lint long accept bench chaos histories clean
 help:
 	@echo "make demo    set up, then generated images -> shards -> VAE -> latent table, in about a minute"
 	@echo "make test    set up, then lint and all tests but the long ones"
@@ -13,10 +13,11 @@ help:
 	@echo "make accept  full-size acceptance on real data (AECORE_DATA; long)"
 	@echo "make bench   benchmarks (tests/benchmarks/README.md)"
 	@echo "make chaos   commands under random faults (ARGS=\"seconds=600 seed=7 store=local|s3\")"
+	@echo "make histories  sources that change and what follows them (ARGS=\"count=500 seed=1 store=local|s3\")"
 	@echo "make setup   only the set-up of .venv"
 	@echo "make clean   remove the demo's output and caches (not .venv)"
 
-setup demo test quick lint long accept bench chaos:
+setup demo test quick lint long accept bench chaos histories:
 	@$(BOOTSTRAP) $@ $(ARGS)
 
 clean:

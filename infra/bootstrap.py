@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Needs only the standard library, no make.
 
-    python3 infra/bootstrap.py [setup | demo | test | quick | lint | long | accept | bench | chaos | servers | peers | lock] [arguments]
+    python3 infra/bootstrap.py [JOB] [arguments]
+
+JOB: setup, demo, test, quick, lint, long, accept, bench, chaos, histories, servers, peers or lock.
 
 One pip command installs everything, so nothing differs from the lock; `pip check` verifies the result. A stamp in `.venv` makes
 later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without one the `+cpu`
@@ -288,6 +290,11 @@ def chaos(args: list[str]) -> int:
     return job("python", "-m", "tests.chaos", *args)
 
 
+def histories(args: list[str]) -> int:
+    """Run datasets and tables that follow sources through random histories: count=500 seed=1 store=local|s3."""
+    return job("python", "-m", "tests.chaos", "histories", *args)
+
+
 def servers(args: list[str]) -> int:
     """Install the programs that tests start, if they are missing and it is possible; tests skip without them."""
     if not any(map(shutil.which, BROWSERS)) and not apt_install("chromium"):
@@ -339,6 +346,7 @@ JOBS = {
     "accept": accept,
     "bench": bench,
     "chaos": chaos,
+    "histories": histories,
     "servers": servers,
     "peers": peers,
     "lock": lock,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError
-from aecore.store import AlreadyExists, FileRef, Scheme
+from aecore.store import AlreadyExists, FileRef, Scheme, Seen
 
 MEMORY: dict[str, dict[str, tuple[float, bytes]]] = {}  # URL -> name -> when it was written, bytes
 
@@ -126,6 +126,13 @@ class MemoryFiles:
         if not self._store.files:
             raise DataError(f"{self.url} holds no file: check the address")
         return {name: len(data) for name, (_, data) in sorted(self._store.files.items())}
+
+    def seen(self, name: str) -> Seen:
+        written, data = self._store.files[name]
+        return Seen(f"{hashlib.sha256(data).hexdigest()}:{written}", time.time() - written < 2)
+
+    def state(self, name: str, found: os.stat_result | None = None) -> str | None:
+        return self.seen(name).state
 
     def read(self, name: str) -> bytes:
         return self._store.read(name)

@@ -111,7 +111,9 @@ def test_the_identity_of_a_table_follows_the_rule(name):
         return _identity(loaded, asked or EncodeSpec(), {"mu": 2})
 
     known = identity()
-    assert set(known) == {"checkpoint_sha256", "preprocessing", "columns", "dtype", "batch", "rows_per_part", "seed"}
+    before = {"checkpoint_sha256", "preprocessing", "columns", "dtype", "batch", "rows_per_part", "seed"}
+    assert set(identity(asked=EncodeSpec(bits=1, columns=("metadata",)))) == before, "of tables that exist"
+    assert set(known) == before | {"bits", "index_columns"}
     old, new = (
         identity(with_later(TransformSpec)(later=value)) if name == "transform" else identity(asked=with_later(EncodeSpec)(later=value))
         for value in ("old", "new")

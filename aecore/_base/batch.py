@@ -1,5 +1,6 @@
 """The one batch type: loaders yield it, a model's `loss` and `latents` take it."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -68,6 +69,24 @@ class Batch:
             Batch(x, ordinals, positions, self.num_global, x_pair, label, None, lengths)
             for x, ordinals, positions, x_pair, label, lengths in itertools.zip_longest(*pieces)
         ]
+
+    def padded(self, rows: int) -> "Batch":
+        """Return the batch with its last row repeated until it has `rows` rows; `num_global` stays."""
+        return self.take(torch.arange(rows).clamp(max=len(self) - 1))
+
+    def take(self, rows: Tensor) -> "Batch":
+        """Return these rows `[n]` int64 of the batch, in this order; `num_global` stays."""
+        assert self.mask is None, "a batch of bags has no rows of its own"
+        columns = (self.x, self.ordinals, self.positions, self.x_pair, self.label, self.lengths)
+        x, ordinals, positions, x_pair, label, lengths = (None if each is None else each[rows.to(each.device)] for each in columns)
+        assert x is not None and ordinals is not None and positions is not None
+        return Batch(x, ordinals, positions, self.num_global, x_pair, label, None, lengths)
+
+    def with_steps(self, steps: int) -> "Batch":
+        """Return a batch of sequences `[n, T, ...]` with T = `steps`, at least the longest of them; more are filled with zeros."""
+        missing = max(0, steps - self.x.shape[1])
+        x = torch.cat([self.x[:, :steps], self.x.new_zeros(len(self), missing, *self.x.shape[2:])], 1)
+        return dataclasses.replace(self, x=x)
 
     def placed(self, rows: Tensor) -> Tensor:
         """Return values of rows `[n, ...]` in the layout of `x`: unchanged, or of instances as bags `[bags, N, ...]` with 0 for padding."""

@@ -60,8 +60,8 @@ def is_stem_of(split: str, stem: str) -> bool:
 
 
 def claim_of(stem: str) -> int:
-    """Return the number of the claim under which a part of this name was made."""
-    match = re.search(r"-g(\d{6})-\d{6,}$", stem)
+    """Return the number of the claim under which a part, or the removal of samples from one (`<part>-gNNNNNN`), of this name was made."""
+    match = re.search(r"-g(\d{6})(?:-\d{6,})?$", stem)
     return int(match[1]) if match else 1
 
 
@@ -95,12 +95,10 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
     names = store.list()
     require_kind(store, kind, names)
     wanted = canonical_json(identity)
+    known = find_claim(store, identity, names)
+    if known is not None:
+        return known
     number = newest_of(names, "run") or 0
-    for known in range(number, 0, -1):
-        if f"run.{known:06d}.json" not in names:
-            continue
-        if canonical_json(read_json(store, f"run.{known:06d}.json")["identity"]) == wanted:
-            return known
     while True:
         number += 1
         claim = {"kind": kind, "claim": number, "identity": identity, "info": info}
@@ -110,6 +108,16 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
         except AlreadyExists:  # another process has just taken this number: for the same work, or for other work?
             if canonical_json(read_json(store, f"run.{number:06d}.json")["identity"]) == wanted:
                 return number
+
+
+def find_claim(store: Store, identity: Mapping[str, Any], names: Sequence[str], above: int = 0) -> int | None:
+    """Return the number of the newest claim of `identity` among the names, a listing of the artefact; None if none above `above` is."""
+    wanted = canonical_json(identity)
+    for number in range(newest_of(names, "run") or 0, above, -1):
+        name = f"run.{number:06d}.json"
+        if name in names and canonical_json(read_json(store, name)["identity"]) == wanted:
+            return number
+    return None
 
 
 def require_kind(store: Store, kind: str, names: Sequence[str] | None = None) -> None:

@@ -65,6 +65,7 @@ _TABLE = _keys("columns identity lineage num_rows number parent parent_sha256 pa
 _RECORD = _keys("detail files part quarantined rows timings")
 _CHECKPOINT = _keys("best files info metrics step")
 _CONFIG = _keys("backbone input_shape model transform")
+_REPORT = _keys("contradicting_labels counts duplicates leaks left_out manifest_sha256 number odd pixels seconds tiny")
 _GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files identity left_out")
 _FORMAT = {"format"}
 
@@ -77,7 +78,15 @@ _KINDS = (
         again="while no manifest was committed under it",
     ),
     _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,), again="while no manifest names its part"),
-    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_DATASET | _FORMAT,)),
+    _Kind(
+        r"dataset\.(\d{6})\.json",
+        _DATASET | {"claim_sha256"},
+        "number",
+        optional=_keys("removal content_sha256 retired about"),
+        most=LARGE,
+        keys_v1=(_DATASET | _FORMAT,),
+    ),
+    _Kind(r"report/(\d{6})\.json", _REPORT, "number", again="at any time"),
     _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_TABLE | _FORMAT,)),
     _Kind(rf"{CHECKPOINT_NAME}/checkpoint\.json", _CHECKPOINT, "step", keys_v1=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, keys_v1=(_CHECKPOINT | _FORMAT,)),
@@ -302,7 +311,7 @@ def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     if version == 1 and keys in kind.keys_v1:
         pass
     elif version == 1 or stated is None:
-        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.keys_v1[0])}")
+        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, (*kind.keys_v1, kind.keys)[0])}")
     elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
         raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
     if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):

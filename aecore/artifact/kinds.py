@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from aecore.artifact.commit import newest_of
 from aecore.artifact.documents import read_json
+from aecore.artifact.root import STAGES, stage_folders, stage_of
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
-
-STAGE_FOLDERS = ("dataset", "run", "table")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ KINDS = tuple(_KINDS)
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """What is located at a URL: one of `KINDS`, and the file that shows it (None for a root, which holds the artefacts of `stages`)."""
+    """What is located at a URL: one of `KINDS`, and the file that shows it (None for a root, which has the folders `stages`)."""
 
     kind: str
     file: str | None
@@ -47,6 +46,10 @@ class Artifact:
     def name(self) -> str:
         """Its name in messages: "a dataset", "the checkpoint of a model"."""
         return _KINDS[self.kind].name
+
+    def newest(self, stage: str) -> str | None:
+        """Return the folder of the newest dataset, run or table of a root; None if it has none."""
+        return next((name for name in reversed(self.stages) if stage_of(name) == stage), None)
 
     @property
     def is_generated(self) -> bool:
@@ -75,7 +78,7 @@ def detect_artifact(store: Store) -> Artifact | None:
         return _claimed(store, f"run.{number:06d}.json")
     if "checkpoint.json" in names:
         return Artifact("checkpoint", "checkpoint.json")
-    stages = tuple(name for name in STAGE_FOLDERS if name in names and open_store(f"{store.url}/{name}").list())
+    stages = tuple(name for name in stage_folders(names) if open_store(f"{store.url}/{name}").list())
     if stages:
         return Artifact("root", None, stages)
     return next((Artifact(name, kind.manifest) for name, kind in _KINDS.items() if kind.manifest in names), None)
@@ -84,7 +87,7 @@ def detect_artifact(store: Store) -> Artifact | None:
 def _claimed(store: Store, name: str) -> Artifact:
     claim = read_json(store, name)
     kind = claim.get("kind") or ("run" if "model" in claim.get("identity", ()) else None)
-    if kind not in STAGE_FOLDERS:
+    if kind not in STAGES:
         raise DataError(f"{store.url}/{name} has kind {kind!r}, expected dataset, run or table: it is damaged or was not written by aecore")
     return Artifact(str(kind), name)
 
@@ -95,8 +98,9 @@ def other_kind(store: Store, wanted: str) -> DataError | None:
     if found is None or found.kind == wanted:
         return None
     inside = [f"{store.url}/{name}" for name in found.stages]
-    if wanted in found.stages:
-        remedy = f"give {store.url}/{wanted}"
+    newest = found.newest(wanted)
+    if newest is not None:
+        remedy = f"give {store.url}/{newest}"
     else:
         remedy = f"it holds {', '.join(inside)}" if inside else "give another address"
     message = f"{store.url} is {found.name}, expected {_KINDS[wanted].name}: {remedy}"

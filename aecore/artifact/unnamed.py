@@ -16,7 +16,7 @@ from aecore.store import FileRef, Store
 logger = logging.getLogger(__name__)
 SHOWN = 5
 DEPTH = 4  # of folders: `data/split=train/` and what somebody put below it
-_PART = re.compile(r"[A-Za-z0-9].*-\d{6,}(?:-r\d{6,})?")
+_PART = re.compile(r"[A-Za-z0-9].*-\d{6,}(?:-[rg]\d{6,})?(?:-t\d{6})?")  # also of rows, of what is removed, written again
 
 IsOfAttempt = Callable[[Mapping[str, Any], int, str], bool]  # any: plain JSON data
 

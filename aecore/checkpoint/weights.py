@@ -44,8 +44,22 @@ _REMEDY = "restore it from a copy, or take another checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
+class FoundModel:
+    """The config (input shape, transform) and the checkpoint of a model that is not loaded."""
+
+    config: ModelConfig
+    checkpoint: CheckpointRef
+    url: str
+
+    @property
+    def sha256(self) -> str:
+        """Return the sha256 of checkpoint.json, which covers every other file."""
+        return self.checkpoint.sha256
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode, with its config (input shape, transform) and its checkpoint."""
+    """A model in eval mode, with its config and its checkpoint."""
 
     model: Trainable
     config: ModelConfig
@@ -212,12 +226,8 @@ def _says(store: Store, name: str) -> Iterator[None]:
         raise ConfigError(f"{store.url}/{name}: {error}", hint=error.hint) from error
 
 
-def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load the result of a run, ready for use (eval mode).
-
-    `url` is a run (its `model/` is taken), a run's `model` folder, or one checkpoint folder. Reads and verifies the files; raises
-    DataError if there is none, ConfigError if a part it names is not known here.
-    """
+def find_model(url: str) -> FoundModel:
+    """Return config and checkpoint of the result of a run, without its weights; `url` and what it raises as `load_model`."""
     store = open_store(url)
     name = "model" if store.size(f"model/{MANIFEST}") is not None else ""
     if not name and store.size(MANIFEST) is None:
@@ -236,12 +246,23 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
         require_own_model(store, checkpoint)
     config_ref = checkpoint.file(CONFIG)
     store.prefetch([config_ref, checkpoint.file(WEIGHTS)])  # both are verified when they are read
-    with _says(store, config_ref.name):
-        with well_formed(store, config_ref.name):
-            config = ModelConfig.from_dict(read_json(store, config_ref.name, ref=config_ref))
+    with _says(store, config_ref.name), well_formed(store, config_ref.name):
+        config = ModelConfig.from_dict(read_json(store, config_ref.name, ref=config_ref))
+    return FoundModel(config, checkpoint, f"{store.url}/{name}".rstrip("/"))
+
+
+def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load the result of a run, ready for use (eval mode).
+
+    `url` is a run (its `model/` is taken), a run's `model` folder, or one checkpoint folder. Reads and verifies the files; raises
+    DataError if there is none, ConfigError if a part it names is not known here.
+    """
+    store, found = open_store(url), find_model(url)
+    config, checkpoint, name = found.config, found.checkpoint, found.checkpoint.file(CONFIG).name
+    with _says(store, name):
         expected = config.shapes()
     tensors = read_weights(store, checkpoint, expected)  # before the model is built: they show that it has the size of its file
-    with _says(store, config_ref.name), torch.random.fork_rng(devices=[]):
+    with _says(store, name), torch.random.fork_rng(devices=[]):
         model = config.build()
     load_weights(model, store, checkpoint, tensors)
-    return LoadedModel(model.to(device).eval(), config, checkpoint, f"{store.url}/{name}".rstrip("/"))
+    return LoadedModel(model.to(device).eval(), config, checkpoint, found.url)

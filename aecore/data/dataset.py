@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from aecore.artifact.commit import newest_number
+from aecore.artifact.commit import newest_number, newest_of
 from aecore.artifact.kinds import other_kind
+from aecore.artifact.withdrawn import require_not_withdrawn
 from aecore.data.format.image import PixelsVersion
 from aecore.data.format.sample_format import common_formats, remedy_of, sequence_shape, shown_formats
-from aecore.data.manifest import STEM, DatasetManifest, ShardRef, content_sha256, read_manifest, tar_store
+from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, shards_sha256, tar_store
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 
@@ -89,7 +90,7 @@ class Dataset:
 
     def training_key(self, split: str) -> str:
         """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
-        return content_sha256(self.manifest.split(split), ())
+        return shards_sha256(self.manifest.split(split), ())
 
     def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
         """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
@@ -123,15 +124,48 @@ class Dataset:
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
-        """Start the background download of these shards, index and tar, in this order (no-op for local files)."""
+        """Start the background download of these shards, index and tar, in this order (no-op for local files).
+
+        Nothing is read of those without a live sample.
+        """
+        shards = [shard for shard in shards if shard.live]
         own = [[shard.index, shard.tar] if shard.tar_base_url is None else [shard.index] for shard in shards]
         self.store.prefetch([ref for refs in own for ref in refs])
         for base_url in dict.fromkeys(shard.tar_base_url for shard in shards if shard.tar_base_url is not None):
             adopted = [shard for shard in shards if shard.tar_base_url == base_url]
             self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
 
+    def index(self, shard: ShardRef) -> "pa.Table":
+        """Return the index of the live samples of a shard of this manifest, verified."""
+        from aecore.data.removal import live_rows  # imported late: who reads manifests alone needs no tables
+
+        index = self.reader(shard).index
+        rows = live_rows(self.store, shard, index)
+        return index if rows is None else index.take(rows)
+
+    def quarantine(self) -> "pa.Table":
+        """Return the rows of the quarantine of this generation (split, source, key, reason, message, ...), verified.
+
+        The files in `quarantine/` also hold samples that were repaired or removed later.
+        """
+        import pyarrow as pa  # imported late: who reads manifests alone needs no tables
+        import pyarrow.compute as pc
+
+        from aecore.data.format.index import QUARANTINE_SCHEMA, read_table
+        from aecore.data.removal import read_removed
+
+        tables = [QUARANTINE_SCHEMA.empty_table()]
+        for part in self.manifest.parts:
+            if (ref := part.quarantine) is not None:
+                rows = read_table(self.store.read(ref.name, ref=ref), f"{self.url}/{ref.name}").replace_schema_metadata(None)
+                removed = read_removed(self.store, part)
+                if removed is not None:
+                    rows = rows.filter(pc.invert(pc.is_in(rows["ordinal"], value_set=removed["ordinal"].combine_chunks())))
+                tables.append(rows)
+        return pa.concat_tables(tables)
+
     def reader(self, shard: ShardRef) -> "ShardReader":
-        """Return the strict reader of one shard of this manifest."""
+        """Return the strict reader of one shard of this manifest, of all samples that were ever stored in it."""
         from aecore.data.read.shard_reader import ShardReader  # imported late: who reads manifests alone needs no reader
 
         return ShardReader(self.store, shard)
@@ -154,15 +188,40 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If there is no manifest (it says whether an unfinished run is there), or not that one.
+        If there is no manifest (it says whether an unfinished run is there), or not that one, or it was withdrawn, or shards that only
+        older generations have were collected.
     """
     store = open_store(url)
-    newest = newest_number(store, STEM)
+    names = store.list()
+    newest = newest_of(names, STEM)
     if newest is None:
         raise _nothing_here(store)
+    require_not_withdrawn(store, newest if number is None else number, names)
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
-    return Dataset(store, read_manifest(store, newest if number is None else number))
+    manifest = read_manifest(store, newest if number is None else number)
+    if number is not None and number < newest:
+        _require_not_collected(store, manifest, newest)
+    return Dataset(store, manifest)
+
+
+def _require_not_collected(store: Store, manifest: DatasetManifest, newest: int) -> None:
+    """DataError if a generation names shards that a later one has retired, and that were collected since."""
+    try:
+        retired = {(part.split, part.stem): part.number for part in read_manifest(store, newest).retired}
+    except DataError:  # of that manifest, which is not the one that is opened
+        return
+    named = [part for part in manifest.parts if (part.split, part.stem) in retired]
+    if not named:
+        return
+    there = {f"{folder}/{name}" for folder in ("shards", "quarantine", "removed") for name in store.list(folder)}
+    for part in named:
+        if gone := [ref.name for ref in part.own_files if ref.name not in there and store.size(ref.name) is None]:
+            by = retired[part.split, part.stem]
+            raise DataError(
+                f"generation {manifest.number} of {store.url} is not complete any more: generation {by} wrote {part.stem} again without "
+                f"removed samples, and {gone[0]} was collected; use generation {newest}, or restore the files"
+            )
 
 
 def _nothing_here(store: Store) -> DataError:

@@ -1,7 +1,9 @@
 """`dataset.NNNNNN.json`: every file that a reader may open, with its size and hash, and counts of what the files hold.
 
 A manifest is a pure function of the part records and of its parent: no times, no addresses, so the same data and config give
-the same bytes. Generations only add: the shards of the parent come first in every split, `classes` grows at the end.
+the same bytes. Shards are only added: those of the parent come first in every split, `classes` grows at the end. What is removed later
+stays in its shard, and a removal file beside it says so (`Removed`); samples that are not removed are live, and only they count. Compaction
+alone takes parts out: a new one has what was live of such a part, with the same ordinals, and the old one is `Retired`.
 """
 
 import dataclasses
@@ -10,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import is_stem_of, require_parent
+from aecore.artifact.commit import claim_of, is_stem_of, require_parent
 from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
+from aecore.data.about import require_stated
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
@@ -20,6 +23,52 @@ from aecore.store import FileRef, Store, absolute_url, environment_value, is_rem
 STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
+REMOVAL = ("drop", "keep")  # what becomes of samples whose source is gone
+LATER = ("removal", "content_sha256", "about")  # fields that are left out where they are None, as in manifests of before
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """A part that generation `number` took out because most of it was removed; files and counts are in the manifests before.
+
+    Attributes
+    ----------
+    split, stem, first_ordinal, planned
+        Those of the part.
+    sha256 : str, optional
+        That of its tar, which tables name; None if it had none.
+    number : int
+        The generation that took it out. Readers of older ones need its files until these are collected.
+    by : str, optional
+        The stem of the part that has what was live of it, with the same ordinals; None: nothing was.
+    """
+
+    split: str
+    stem: str
+    first_ordinal: int
+    planned: int
+    sha256: str | None
+    number: int
+    by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a generation, or one before it, removed of a part: the file that names the rows, its content hash, and their numbers.
+
+    `samples` of the rows are in the tar, `quarantined` in the quarantine; `groups` bags are left without a sample.
+    """
+
+    file: FileRef
+    content_sha256: str
+    samples: int
+    quarantined: int = 0
+    groups: int = 0
+
+    @property
+    def record(self) -> str:
+        """The name of its record, `<stem>-gNNNNNN`: it states the counts of the part's live samples."""
+        return self.file.name.rpartition("/")[2].removesuffix(".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +82,10 @@ class ShardRef:
         None for a tar that was written by `aepipe shard`.
     groups : int
         Number of bags that the samples form; 0 where the source has none.
+    removed : Removed, optional
+        What was removed since the shard was written; None: nothing.
+    lost : int
+        Of the planned samples, those that were removed before a compaction wrote this shard, and that no file has any more.
     """
 
     split: str
@@ -47,28 +100,63 @@ class ShardRef:
     quarantined: int = 0
     tar_base_url: str | None = None
     groups: int = 0
+    removed: Removed | None = None
+    lost: int = 0
+
+    @property
+    def live(self) -> int:
+        """Number of samples that are in the tar and not removed."""
+        return self.samples - (self.removed.samples if self.removed else 0)
+
+    @property
+    def live_quarantined(self) -> int:
+        """Number of quarantined samples that are not removed."""
+        return self.quarantined - (self.removed.quarantined if self.removed else 0)
+
+    @property
+    def live_groups(self) -> int:
+        """Number of bags with a live sample."""
+        return self.groups - (self.removed.groups if self.removed else 0)
 
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Its files in the dataset's own folder: all but the tar of an adopted one."""
-        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine)
+        removed = None if self.removed is None else self.removed.file
+        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, removed)
         return tuple(ref for ref in files if ref is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedPart:
-    """A planned shard without a single good sample: there is no tar, all `planned` samples are in its quarantine."""
+    """A planned shard without a single good sample: no tar, all `planned` samples but the `lost` ones are in its quarantine."""
 
     split: str
     stem: str
     planned: int
     first_ordinal: int
     quarantine: FileRef
+    removed: Removed | None = None
+    lost: int = 0
+
+    @property
+    def quarantined(self) -> int:
+        """Number of samples in the quarantine."""
+        return self.planned - self.lost
+
+    @property
+    def live_quarantined(self) -> int:
+        """Number of quarantined samples that are not removed."""
+        return self.quarantined - (self.removed.quarantined if self.removed else 0)
+
+    @property
+    def own_files(self) -> tuple[FileRef, ...]:
+        """Its files in the dataset's own folder."""
+        return (self.quarantine,) if self.removed is None else (self.quarantine, self.removed.file)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitStatistics:
-    """Counts of one split: samples in shards, quarantined ones, bytes of its tars, samples per class name."""
+    """Counts of one split: live samples in shards, live quarantined ones, bytes of its tars, live samples per class name."""
 
     samples: int
     quarantined: int
@@ -78,7 +166,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
-    """Formats of the samples: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
+    """Formats of the live samples: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
 
     extensions: Mapping[str, int]
     shapes: Mapping[str, int]
@@ -93,8 +181,11 @@ class SampleInfo:
 class DatasetManifest:
     """One generation of a dataset and all before it.
 
-    `parent` is the number of the generation it adds to (0: none). `listings` has one file per generation: the keys and source
-    sizes that were planned, so that an append knows which samples are already stored or in quarantine. `reasons` counts the quarantine.
+    `parent` is the number of the generation that it follows (0: none). `listings` say what is known of the source of every sample, so that
+    the next run knows what is new, changed or gone; the last is this generation's. `reasons` counts the live quarantine. `removal` says
+    what becomes of samples whose source is gone (`shards.removed`), and `content_sha256` is the hash of the live samples (see
+    `aecore.data.write.ledger`); both are None in datasets of before there was removal. `retired` are the parts that compactions took
+    out, the oldest first. `about` is what people say of the dataset.
     """
 
     number: int
@@ -110,6 +201,10 @@ class DatasetManifest:
     statistics: Mapping[str, SplitStatistics]
     reasons: Mapping[str, int]
     dataset_sha256: str
+    removal: str | None = None
+    content_sha256: str | None = None
+    retired: tuple[Retired, ...] = ()
+    about: Mapping[str, Any] | None = None  # any: texts, and a boolean
 
     @property
     def shards(self) -> tuple[ShardRef, ...]:
@@ -123,14 +218,17 @@ class DatasetManifest:
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        """Every file that the manifest names: shards, indexes, quarantine, listings."""
-        shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
-        return (*shards, *(part.quarantine for part in self.rejected), *self.listings)
+        """Every file that the manifest names and that has to exist: shards, indexes, quarantine, removal files, listings.
+
+        An adopted tar of which no sample is live need not: its owner may have changed or removed it.
+        """
+        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None and shard.live]
+        return (*adopted, *self.own_files)
 
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Those in the dataset's own folder: all but adopted tars."""
-        return (*(ref for shard in self.shards for ref in shard.own_files), *(part.quarantine for part in self.rejected), *self.listings)
+        return (*(ref for part in self.parts for ref in part.own_files), *self.listings)
 
     @property
     def claim(self) -> int:
@@ -139,8 +237,13 @@ class DatasetManifest:
 
     @property
     def quarantined(self) -> int:
-        """Number of samples that are in quarantine instead of in a shard."""
-        return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)
+        """Number of live samples that are in quarantine instead of in a shard."""
+        return sum(part.live_quarantined for part in self.parts)
+
+    @property
+    def has_removed(self) -> bool:
+        """Whether something was removed from a part."""
+        return any(part.removed is not None for part in self.parts)
 
     def split(self, name: str, key: str | None = None) -> tuple[ShardRef, ...]:
         """Return the shards of a split; DataError with the known splits if there is none; `key` is the configuration key to name in it."""
@@ -154,28 +257,38 @@ class DatasetManifest:
         return self.splits[name]
 
     def num_samples(self, split: str | None = None) -> int:
-        """Return the number of samples of a split, of all splits if None."""
-        return sum(shard.samples for shard in (self.shards if split is None else self.split(split)))
+        """Return the number of live samples of a split, of all splits if None."""
+        return sum(shard.live for shard in (self.shards if split is None else self.split(split)))
 
     def num_planned(self, split: str) -> int:
         """Return the number of samples ever planned for a split: the ordinal of the next one (0 for a new split)."""
-        rejected = sum(part.planned for part in self.rejected if part.split == split)
-        return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
+        gone = sum(part.planned for part in self.retired if part.split == split and part.by is None)
+        return gone + sum(part.planned for part in self.parts if part.split == split)
+
+    def heirs(self) -> dict[tuple[str, str], str | None]:
+        """Return split and stem of each retired part -> the part that has what is live of it now; None: nothing is."""
+        found: dict[tuple[str, str], str | None] = {}
+        for part in reversed(self.retired):  # the newest first: what took its place may have been retired later
+            found[part.split, part.stem] = None if part.by is None else found.get((part.split, part.by), part.by)
+        return found
 
     def num_groups(self, split: str) -> int:
-        """Return the number of bags of a split, 0 if its samples form none."""
-        counts = [shard.groups for shard in self.split(split)]
-        return sum(counts) if all(counts) else 0
+        """Return the number of bags of a split that have a live sample, 0 if its samples form none."""
+        shards = self.split(split)
+        return sum(shard.live_groups for shard in shards) if all(shard.groups for shard in shards) else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("splits", "retired")}
+        data = {name: value for name, value in data.items() if name not in LATER or value is not None}
+        if self.retired:
+            data["retired"] = [dataclasses.asdict(part) for part in self.retired]
         data["classes"] = list(self.classes)
-        data["rejected"] = [dataclasses.asdict(part) for part in self.rejected]
+        data["rejected"] = [_part_to_json(part) for part in self.rejected]
         data["listings"] = [dataclasses.asdict(ref) for ref in self.listings]
         data["sample"] = dataclasses.asdict(self.sample)
         data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
-        data["shards"] = [_shard_to_json(shard) for shard in self.shards]
+        data["shards"] = [_part_to_json(shard) for shard in self.shards]
         data["quarantined"] = self.quarantined
         return data
 
@@ -190,12 +303,14 @@ class DatasetManifest:
             "identity": data["identity"],
             "classes": tuple(data["classes"]),
             "splits": in_order(_shard_from_json(shard) for shard in data["shards"]),
-            "rejected": tuple(typed(RejectedPart, {**part, "quarantine": typed(FileRef, part["quarantine"])}) for part in data["rejected"]),
+            "rejected": tuple(_rejected_from_json(part) for part in data["rejected"]),
             "listings": tuple(typed(FileRef, ref) for ref in data["listings"]),
             "sample": typed(SampleInfo, data["sample"]),
             "statistics": {name: typed(SplitStatistics, counts) for name, counts in data["statistics"].items()},
             "reasons": data["reasons"],
             "dataset_sha256": data["dataset_sha256"],
+            "retired": tuple(typed(Retired, part) for part in data.get("retired", [])),
+            **{name: data[name] for name in LATER if name in data},
         }
         manifest = typed(cls, fields)
         if not isinstance(data["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
@@ -204,6 +319,7 @@ class DatasetManifest:
         require_once([(part.split, part.stem) for part in manifest.parts], "a shard")
         require_once([ref.name for ref in manifest.own_files], "a file")
         _require_names(manifest)
+        _require_retired(manifest)
         _require_sums(manifest)
         return manifest
 
@@ -211,8 +327,16 @@ class DatasetManifest:
 def _require_names(manifest: DatasetManifest) -> None:
     """ValueError unless parent, parts and files have the numbers and names that follow from each other."""
     require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
-    if len(manifest.listings) != manifest.number:
+    if not 1 <= len(manifest.listings) <= manifest.number or (manifest.removal is None and len(manifest.listings) != manifest.number):
         raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    require_stated(manifest.about)
+    if manifest.removal not in (None, *REMOVAL):
+        raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
+    for part in manifest.parts:
+        _require_removed(part, manifest.removal)
+        newest = max(claim_of(part.stem), claim_of(part.removed.record) if part.removed else 0)
+        if manifest.removal is not None and newest > manifest.claim:  # its number of listings says nothing: they may have been merged
+            raise ValueError(f"{part.stem} is of claim {newest}, the newest of the listings that it names is of claim {manifest.claim}")
     for shard in manifest.shards:
         names = {"index": (shard.index.name, f"shards/{shard.stem}.parquet")}
         if shard.tar_base_url is None:
@@ -226,6 +350,48 @@ def _require_names(manifest: DatasetManifest) -> None:
         _require_part(part.split, part.stem, {"quarantine": (part.quarantine.name, f"quarantine/{part.stem}.parquet")})
 
 
+def _require_removed(part: ShardRef | RejectedPart, removal: str | None) -> None:
+    """ValueError unless what is removed of a part was there, and its file has the name of one of the part's."""
+    if part.removed is None:
+        return
+    if removal is None:
+        raise ValueError(f"{part.stem} has removed samples, and the manifest does not say what removes samples")
+    name = part.removed.file.name
+    if re.fullmatch(rf"removed/{re.escape(part.stem)}-g\d{{6}}\.parquet", name) is None:
+        raise ValueError(f"the removal file of {part.stem} is {shown(name)}, expected removed/{part.stem}-gNNNNNN.parquet")
+    groups = 0
+    samples, quarantined = 0, part.quarantined
+    if isinstance(part, ShardRef):
+        samples, groups = part.samples, part.groups
+    stated = part.removed.samples, part.removed.quarantined, part.removed.groups
+    if any(more > most for more, most in zip(stated, (samples, quarantined, groups), strict=True)) or not sum(stated[:2]):
+        raise ValueError(
+            f"{stated[0]} samples, {stated[1]} quarantined ones and {stated[2]} bags are removed from {part.stem}, which has {samples}, "
+            f"{quarantined} and {groups}"
+        )
+
+
+def _require_retired(manifest: DatasetManifest) -> None:
+    """ValueError unless the retired parts have left what they say, and just these parts have lost samples."""
+    require_once([(part.split, part.stem) for part in (*manifest.parts, *manifest.retired)], "a part")
+    if list(manifest.retired) != sorted(manifest.retired, key=lambda part: part.number) or (manifest.retired and manifest.removal is None):
+        raise ValueError("its retired parts are not in the order of the generations that took them out, or it does not say what removes")
+    there = {(part.split, part.stem): part for part in (*manifest.parts, *manifest.retired)}
+    left = set[tuple[str, str]]()
+    for part in manifest.retired:
+        heir = None if part.by is None else there.get((part.split, part.by))
+        placed = heir is not None and (heir.first_ordinal, heir.planned) == (part.first_ordinal, part.planned)
+        placed &= not isinstance(heir, Retired) or heir.number > part.number
+        if not is_stem_of(part.split, part.stem) or not 1 < part.number <= manifest.number or not (part.by is None or placed):
+            raise ValueError(f"the retired part {shown(part.stem)} has left {shown(part.by)}, which is no part with its ordinals")
+        left |= set() if part.by is None else {(part.split, part.by)}
+    lost = {(part.split, part.stem) for part in manifest.parts if part.lost}
+    if lost != left & {(part.split, part.stem) for part in manifest.parts} or any(part.lost < 0 for part in manifest.parts):
+        raise ValueError(
+            f"the parts that lost samples are {shown(sorted(lost))}, those that took the place of others {shown(sorted(left))}"
+        )
+
+
 def _require_part(split: str, stem: str, names: Mapping[str, tuple[str, str]]) -> None:
     if not is_stem_of(split, stem):
         raise ValueError(f"a part of the split {shown(split)} is named {shown(stem)}, expected {split}-NNNNNN or {split}-gNNNNNN-NNNNNN")
@@ -237,18 +403,19 @@ def _require_part(split: str, stem: str, names: Mapping[str, tuple[str, str]]) -
 def _require_sums(manifest: DatasetManifest) -> None:
     """ValueError unless all counts are the sums of what the parts have, and the parts of a split follow each other."""
     right = {part.split: {"samples": 0, "quarantined": 0, "bytes": 0} for part in manifest.parts}
-    ends = dict.fromkeys(right, 0)
-    for part in sorted(manifest.parts, key=lambda part: part.first_ordinal):
+    gone = [part for part in manifest.retired if part.by is None]
+    ends = dict.fromkeys((part.split for part in (*manifest.parts, *gone)), 0)
+    for part in sorted((*manifest.parts, *gone), key=lambda part: part.first_ordinal):
         if part.first_ordinal != ends[part.split]:
             raise ValueError(f"{part.stem} begins at ordinal {part.first_ordinal}, the part before it ends at {ends[part.split]}")
         ends[part.split] += part.planned
+        if isinstance(part, Retired):
+            continue
         counts = right[part.split]
         if isinstance(part, ShardRef):
-            counts["samples"] += part.samples
-            counts["quarantined"] += part.quarantined
+            counts["samples"] += part.live
             counts["bytes"] += part.tar.bytes
-        else:
-            counts["quarantined"] += part.planned
+        counts["quarantined"] += part.live_quarantined
     stated = {
         split: {name: getattr(counts, name) for name in ("samples", "quarantined", "bytes")}
         for split, counts in manifest.statistics.items()
@@ -285,16 +452,27 @@ def claim_problems(manifest: DatasetManifest, name: str, identity: Mapping[str, 
         yield f"{name} does not claim this generation: {differences}"
 
 
-def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
-    data = dataclasses.asdict(shard)
-    optional = {"home": data.pop("tar_base_url"), "groups": data.pop("groups")}  # most shards have neither
-    return data | {key: value for key, value in optional.items() if value not in (None, 0)}
+def _part_to_json(part: ShardRef | RejectedPart) -> dict[str, Any]:
+    data = dataclasses.asdict(part)
+    optional = {"home": data.pop("tar_base_url", None), "groups": data.pop("groups", 0)}
+    optional |= {name: data.pop(name) for name in ("removed", "lost")}
+    return data | {key: value for key, value in optional.items() if value not in (None, 0)}  # most parts have none of them
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     files = {name: typed(FileRef, data[name]) if data[name] else None for name in ("tar", "index", "quarantine")}
-    fields = {**data, **files}
+    fields = {**data, **files, "removed": _removed_from_json(data)}
     return typed(ShardRef, {"tar_base_url": fields.pop("home", None), **fields})
+
+
+def _rejected_from_json(data: Mapping[str, Any]) -> RejectedPart:
+    return typed(RejectedPart, {**data, "quarantine": typed(FileRef, data["quarantine"]), "removed": _removed_from_json(data)})
+
+
+def _removed_from_json(data: Mapping[str, Any]) -> Removed | None:
+    if "removed" not in data:
+        return None
+    return typed(Removed, {**data["removed"], "file": typed(FileRef, data["removed"]["file"])})
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
@@ -306,9 +484,16 @@ def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
     return {name: tuple(found[name]) for name in names}
 
 
-def content_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
-    """Return the hash of the contents of shards in this order, and of the class names: independent of Parquet's encoding."""
-    rows = [[shard.split, shard.stem, shard.samples, shard.tar.sha256, shard.index_content_sha256] for shard in shards]
+def shards_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
+    """Return the hash of the contents of shards in this order, of what is removed from them, and of the class names.
+
+    It is independent of Parquet's encoding.
+    """
+    rows = [
+        [shard.split, shard.stem, shard.samples, shard.tar.sha256, shard.index_content_sha256]
+        + ([] if shard.removed is None else [shard.removed.content_sha256])
+        for shard in shards
+    ]
     return sha256_json({"shards": rows, "classes": list(classes)})
 
 

@@ -3,7 +3,8 @@
 It uses only `latents`, `reconstruct` and `noise_shape`, so it works for every model.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ from aecore.data.format.transform import Transform
 from aecore.errors import ConfigError
 from aecore.loss import kl_divergence_diag_gaussian
 from aecore.registry import knob, spec
+from aecore.table.manifest import ALL, METADATA
 
 OPTIONAL_COLUMNS = {"reconstruction": "recon_error", "kl": "kl", "sample": "z"}  # option -> the column that it adds
 CACHED_BYTES = 3 << 20  # of float32 inputs: of 256x256 RGB images four rows take 1.0 ms each, 64 rows 1.4
+SEQUENCES = 64  # in a piece on a CPU: one of few sequences of about one length is filled up to it
 
 
 @spec
@@ -32,7 +35,30 @@ class EncodeSpec:
     kl: bool = knob(False, "add kl: KL divergence of the posterior from the prior, in nats per row")
     sample: bool = knob(False, "add z: one sample of the posterior")
     seed: int = knob(0, "seed of the sampled column", ge=0)
-    rows_per_part: int = knob(0, "rows per part, rounded up to a multiple of encode.batch; 0: one part per shard", ge=0)
+    rows_per_part: int = knob(
+        0, "rows per part, rounded up to a multiple of encode.batch; fewer where samples were removed since; 0: one part per shard", ge=0
+    )
+    columns: tuple[str, ...] = knob(
+        (ALL,),
+        "columns of the dataset's index that rows keep beside key, label and group: names (sample_sha256 is the index's sha256), `all`, or "
+        "`metadata`: those that do not describe the file. A table that exists keeps its columns",
+        since=2,
+        absent=(METADATA,),
+    )
+    split: str = knob("", "encode only this split; empty: all", since=2)
+    where: str = knob(
+        "", "encode only the samples of this predicate over index columns, such as 'width >= 64 and label_name = \"cat\"'", since=2
+    )
+    bits: Literal[1, 2] = knob(
+        2,
+        "2: rows pass through the model in pieces of one size, each with noise of its own, so its bits do not depend on the other rows; "
+        "1: as tables of before, which keep that",
+        since=2,
+        absent=1,
+    )
+    add_columns: tuple[str, ...] = knob(
+        (), "columns to add to a table that exists: its parts are written again with them, without the model", identity=False
+    )
     compression: Literal["zstd", "none"] = knob("zstd", "compression of the parts", identity=False)
 
 
@@ -58,16 +84,39 @@ class Encoder:
         self.device = device
         require_posterior(loaded.config.model, spec)
 
-    def pieces(self, batch: Batch, eps: Tensor | None) -> Iterator[tuple[slice, Batch, Tensor | None]]:
+    def pieces(self, batch: Batch, eps: Tensor | None) -> Iterator[tuple[Tensor, Batch, Tensor | None]]:
         """Yield (rows, their part of a stored batch, its noise) that go through the model together.
 
-        On a CPU a piece is as large as fits its activations into the cache, by the shape of a row alone.
+        On a CPU a piece is as large as fits its activations into the cache, by the shape of a row alone. With `encode.bits=2` all pieces
+        have the same number of rows, whatever the batch has: the last row of a shorter one is repeated. Matrix products choose their
+        order of sums by the number of rows (10 of 90 rows differed in bits between a short piece and a full one), of which a sequence has
+        one for each step: so a piece has sequences of about one length, padded to a number of steps that each of them would have alone.
         """
-        num, row_bytes = len(batch), batch.x[0].numel() * torch.finfo(torch.float32).bits // 8
-        rows = num if self.device != "cpu" else max(1, CACHED_BYTES // row_bytes)
-        for first, piece in zip(range(0, num, rows), batch.split(rows), strict=True):
-            taken = slice(first, first + rows)
-            yield taken, piece, None if eps is None else eps[taken]
+        bits, most = self.spec.bits, self.spec.batch if self.spec.bits > 1 else len(batch)
+        for number, group in self._of_one_shape(batch) if bits > 1 else [(torch.arange(len(batch)), batch)]:
+            rows, row_bytes = most, group.x[0].numel() * torch.finfo(torch.float32).bits // 8
+            if self.device == "cpu":
+                rows = max(1, CACHED_BYTES // row_bytes)
+                rows = min(rows, SEQUENCES) if bits > 1 and group.lengths is not None else rows
+            if bits > 1:
+                rows = -(-most // -(-most // rows))  # equal pieces: little is repeated
+            for taken, piece in zip(torch.split(number, rows), group.split(rows), strict=True):
+                noise = None if eps is None else eps[taken]
+                if bits > 1 and len(piece) < rows:
+                    piece = piece.padded(rows)
+                    noise = None if noise is None else torch.cat([noise, noise[-1:].expand(rows - len(noise), *noise.shape[1:])])
+                yield taken, piece, noise
+
+    def _of_one_shape(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield (rows, themselves): all, or of a model of sequences of any length those of up to 1, 2, 4, 8, ... steps."""
+        if 0 not in self.input_shape:
+            yield torch.arange(len(batch)), batch
+            return
+        lengths = torch.full((len(batch),), batch.x.shape[1]) if batch.lengths is None else batch.lengths
+        exponents = [(length - 1).bit_length() for length in lengths.tolist()]
+        for exponent in sorted({*exponents}):
+            rows = torch.tensor([row for row, own in enumerate(exponents) if own == exponent])
+            yield rows, dataclasses.replace(batch, lengths=lengths).take(rows).with_steps(1 << exponent)
 
     @torch.inference_mode()
     def columns(self, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:
@@ -91,7 +140,7 @@ class Encoder:
     def describe(self) -> dict[str, Any]:
         """Return name -> {dtype, dim} of the columns (dim None: one number per row), found by encoding one row of zeros."""
         ready = Batch.blank(self.input_shape, self.device)
-        columns = self._columns(ready, self.noise(ready, 0, ""))
+        columns = self._columns(ready, self.noise(ready, 0, "", [("", "")]))
         return {
             name: {"dtype": self._dtype(column), "dim": column.shape[1] if column.ndim == 2 else None} for name, column in columns.items()
         }
@@ -101,9 +150,15 @@ class Encoder:
             return "int32"
         return self.spec.dtype if column.ndim == 2 else "float32"
 
-    def noise(self, batch: Batch, index: int, shard_sha256: str) -> Tensor | None:
-        """Return the noise of a batch's rows: drawn from (seed, shard, batch) for the whole cut; None if no sample is asked for."""
+    def noise(self, batch: Batch, index: int, shard_sha256: str, samples: Sequence[tuple[str, str]] = ()) -> Tensor | None:
+        """Return the noise of a batch's rows; None if no sample is asked for.
+
+        It is drawn from the seed and each row's (key, sha256), which `samples` has; with `encode.bits=1` from (seed, shard, batch) for the
+        whole cut.
+        """
         shape = self.model.noise_shape()
         if not self.spec.sample or shape is None:
             return None
+        if self.spec.bits > 1:
+            return torch.cat([step_noise(seed_of("encode", self.spec.seed, key, sha256), 0, (1, *shape)) for key, sha256 in samples])
         return step_noise(seed_of("encode", self.spec.seed, shard_sha256), index, (batch.num_global, *shape))[batch.positions]

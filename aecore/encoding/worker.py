@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,92 +23,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.artifact.commit import PartRecord, damage_of_part, read_record, recorded_parts, require_counts, write_record
+from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
 from aecore.checkpoint.weights import LoadedModel, load_model
-from aecore.data.dataset import open_dataset
 from aecore.data.format.decode import decoder_version
 from aecore.data.format.transform import preprocessing_sha256
-from aecore.data.manifest import ShardRef
 from aecore.data.read.loader import InputSpec, Loader, ShardBatch
-from aecore.encoding.encoder import Encoder, EncodeSpec
-from aecore.errors import ConfigError, DataError, counted
+from aecore.encoding.copied import CopyWorker
+from aecore.encoding.encoder import Encoder
+from aecore.encoding.writer import EncodeSetup, EncodeTask, PartWriter, part_facts
+from aecore.errors import DataError
 from aecore.nn import linear_path
-from aecore.store import Store, canonical_json, open_store
-from aecore.table.part import RefusedRow, commit_part, commit_quarantine, part_name, part_table, read_footer
+from aecore.store import FileRef, canonical_json
+from aecore.table.part import RefusedRow, commit_quarantine, part_table
 from aecore.threads import map_ordered
 
 logger = logging.getLogger(__name__)
 
 _Piece = tuple[NDArray[np.int64], Batch, Tensor | None]  # rows in the shard, themselves, their noise
-IN_METADATA = ("shard", "shard_sha256", "index_content_sha256", "row_start")  # of the part's identity; the split is its folder
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeTask:
-    """One part to make: the rows `[row_start, row_stop)` of one shard; picklable."""
-
-    stem: str
-    shard: ShardRef
-    row_start: int
-    row_stop: int
-
-    def identity(self, checkpoint_sha256: str) -> dict[str, Any]:
-        """Return the inputs of the part by hash: shards of two datasets may have the same name."""
-        return {
-            "split": self.shard.split,
-            "shard": self.shard.stem,
-            "shard_sha256": self.shard.tar.sha256,
-            "index_content_sha256": self.shard.index_content_sha256,
-            "row_start": self.row_start,
-            "row_stop": self.row_stop,
-            "checkpoint_sha256": checkpoint_sha256,
-        }
-
-
-def recorded_part(store: Store, task: EncodeTask, checkpoint_sha256: str) -> PartRecord | None:
-    """Return the record of an earlier attempt at this part, None if there is none; ConfigError if it is of other data."""
-    record = read_record(store, task.stem)
-    if record is None:
-        return None
-    _require_made_of(store, record, task, checkpoint_sha256)
-    said: dict[str, tuple[object, object]] = {"samples": (record.rows + record.quarantined, task.row_stop - task.row_start)}
-    with damage_of_part(store, task.stem):
-        if store.is_local:  # a footer in a bucket costs the whole part
-            footers = {"data": record.detail.get("footer_sha256")}
-            for name, folder, count in (("rows", "data", record.rows), ("quarantined", "quarantine", record.quarantined)):
-                ref = record.file_in(folder)
-                said[name] = count, 0 if ref is None else read_footer(store, ref, footers.get(folder)).num_rows
-        require_counts(store, record, said)
-    return record
-
-
-def _require_made_of(store: Store, record: PartRecord, task: EncodeTask, checkpoint_sha256: str) -> PartRecord:
-    wanted = task.identity(checkpoint_sha256)
-    differing = [name for name, value in wanted.items() if record.detail.get(name) != value]
-    if differing:
-        there = str(record.detail.get("shard_sha256"))
-        raise ConfigError(
-            f"{store.url} holds parts of another dataset, from an encoding that was not finished: part {task.stem} there was made of a "
-            f"shard with sha256 {there[:12]}, the shard of this dataset has {task.shard.tar.sha256[:12]} "
-            f"(they differ in {', '.join(differing)}): write to another URL"
-        )
-    return record
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeSetup:
-    """What every worker needs: addresses, the pinned checkpoint and dataset generation, the table's columns; picklable."""
-
-    model_url: str
-    checkpoint_sha256: str
-    data_url: str
-    dataset_number: int
-    out_url: str
-    spec: EncodeSpec
-    columns: Mapping[str, Any]
-    device: str
-    threads: int
 
 
 class EncodeWorker:
@@ -125,9 +56,8 @@ class EncodeWorker:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.num_streams = num_streams
-        self.store = open_store(setup.out_url)
-        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one lists them again
-        self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
+        self.writer = PartWriter(setup, recorded)
+        self.copier = CopyWorker(setup, writer=self.writer)
         loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
@@ -142,44 +72,44 @@ class EncodeWorker:
 
     def __call__(self, task: EncodeTask) -> Commit:
         """Encode one part and return the call that commits it; an earlier attempt's record is returned as it is (a rerun)."""
-        known = recorded_part(self.store, task, self.setup.checkpoint_sha256) if task.stem in self.recorded else None
+        if task.source is not None:
+            return self.copier(task)
+        known = self.writer.known(task)
         if known is not None:
             return lambda: known
         started = time.perf_counter()
+        if task.row_start == task.row_stop:  # nothing is left of the shard
+            return functools.partial(self._commit, task, _PartValues(0, self.setup.columns), self.writer.dataset.index(task.shard), 0.0)
         with self._loader(task.shard.split) as loader:  # closes the shard; the loader is kept
-            values = _PartValues(task.row_stop - task.row_start, self.setup.columns)
-            self._fill(values, task, loader)
             index = loader.index(task.shard)
+            rows = self.writer.rows(task, index)
+            values = _PartValues(len(rows), self.setup.columns)
+            self._fill(values, task, loader, rows, index)
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
     def prefetch(self, tasks: Sequence[EncodeTask]) -> None:
         """Start the background download of the shards of the next tasks (nothing to do for local datasets)."""
-        self.dataset.prefetch([task.shard for task in tasks if task.stem not in self.recorded])
+        self.copier.prefetch([task for task in tasks if task.source is not None])
+        made = [task.shard for task in tasks if task.source is None and task.stem not in self.writer.recorded]
+        self.writer.dataset.prefetch(made)
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
-        started, shard = time.perf_counter(), task.shard
+        values.in_order()
         values.drop_not_finite()
         rows = values.rows[: values.filled]
-        identity = task.identity(self.setup.checkpoint_sha256)
-        metadata = {**self.metadata, **{name: str(identity[name]) for name in IN_METADATA}}
-        table = part_table(index, rows, shard.stem, values.filled_columns(), metadata)
-        quarantine = commit_quarantine(self.store, task.stem, shard.stem, index, values.refused)
-        compression = self.setup.spec.compression
-        file, written_by, footer_sha256 = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
-        detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}, "footer_sha256": footer_sha256}
-        timings = {"encode_s": encode_s, "commit_s": time.perf_counter() - started}
-        logger.info(
-            "part %s: %s, %d quarantined, %.2f s", task.stem, counted(len(rows), "row", "rows"), len(values.refused), sum(timings.values())
-        )
-        files = (file,) if quarantine is None else (file, quarantine)
-        record = write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
-        return _require_made_of(self.store, record, task, self.setup.checkpoint_sha256)  # another attempt may have been first
+        metadata = {**self.metadata, **part_facts(task, self.setup.checkpoint_sha256)}
+        table = part_table(index, rows, task.shard.stem, values.filled_columns(), metadata, task.index_columns)
+
+        def quarantine() -> FileRef | None:
+            return commit_quarantine(self.writer.store, task.stem, task.shard.stem, index, values.refused)
+
+        return self.writer.commit(task, table, quarantine, len(values.refused), encode_s)
 
     def _loader(self, split: str) -> Loader:
         if split not in self.loaders:
             transform = self.encoder.transform.spec
             self.loaders[split] = Loader(
-                self.dataset,
+                self.writer.dataset,
                 split,
                 transform=transform,
                 spec=InputSpec(cache="none"),
@@ -188,28 +118,32 @@ class EncodeWorker:
             )
         return self.loaders[split]
 
-    def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
+    def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader, chosen: NDArray[np.int64], index: pa.Table) -> None:
         with (
-            closing(loader.shard_batches(task.shard, self.setup.spec.batch, task.row_start, task.row_stop)) as batches,
-            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.num_streams)) as found,
+            closing(loader.shard_batches(task.shard, self.setup.spec.batch, rows=chosen)) as batches,
+            closing(map_ordered(self._latents, self._pieces(batches, task, values, index), threads=self.num_streams)) as found,
         ):
             for rows, columns in found:
                 values.add(rows, columns)
 
-    def _pieces(self, batches: Iterable[ShardBatch], task: EncodeTask, values: "_PartValues") -> Iterator[_Piece]:
+    def _pieces(self, batches: Iterable[ShardBatch], task: EncodeTask, values: "_PartValues", index: pa.Table) -> Iterator[_Piece]:
         """Yield what goes through the model together, with its rows in the shard; rows that do not decode go to the refused ones."""
+        samples = self.setup.spec.sample and self.setup.spec.bits > 1
+        names = list(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True)) if samples else []
         for number, (batch, rows, bad) in enumerate(batches, start=task.row_start // self.setup.spec.batch):
             values.refused += [RefusedRow(row.row, "decode", row.reason, row.message) for row in bad]
             if len(rows):
-                for taken, piece, eps in self.encoder.pieces(batch, self.encoder.noise(batch, number, task.shard.tar.sha256)):
-                    yield rows[taken], piece, eps
+                own = [names[row] for row in rows.tolist()] if names else []
+                noise = self.encoder.noise(batch, number, task.shard.tar.sha256, own)
+                for taken, piece, eps in self.encoder.pieces(batch, noise):
+                    yield rows[taken.numpy()], piece, eps
 
     def _latents(self, piece: _Piece) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         rows, batch, eps = piece
         torch.set_num_threads(self.setup.threads)  # every thread has its own number
         encoder = self.free.get()
         try:
-            return rows, encoder.columns(batch, eps)
+            return rows, {name: column[: len(rows)] for name, column in encoder.columns(batch, eps).items()}  # without repeated rows
         finally:
             self.free.put(encoder)
 
@@ -273,6 +207,14 @@ class _PartValues:
         """Return the columns of the filled rows, as views."""
         return {name: column[: self.filled] for name, column in self.columns.items()}
 
+    def in_order(self) -> None:
+        """Put the rows into the shard's order: sequences come by their length."""
+        order = np.argsort(self.rows[: self.filled])
+        if not np.array_equal(order, np.arange(self.filled)):
+            self.rows[: self.filled] = self.rows[order]
+            for column in self.columns.values():
+                column[: self.filled] = column[order]
+
     def drop_not_finite(self) -> None:
         """Move rows with a value that is not finite (in the column's type: float16 ends at 65,504) to the refused ones."""
         good = np.ones(self.filled, np.bool_)
@@ -317,5 +259,7 @@ def _metadata(loaded: LoadedModel, setup: EncodeSetup, producer: Mapping[str, st
         "dtype": setup.spec.dtype,
         "batch": str(setup.spec.batch),
         **({"seed": str(setup.spec.seed)} if setup.spec.sample else {}),
+        **({"bits": str(setup.spec.bits)} if setup.spec.bits > 1 else {}),
+        **({"where": setup.spec.where} if setup.spec.where else {}),
         **producer,
     }

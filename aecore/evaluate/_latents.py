@@ -79,7 +79,7 @@ class SplitLatents:
         """Return name -> column of the `factor_*` columns of all samples, in stored order; DataError if a shard lacks one."""
         rows = self.loader.rows
         rows.dataset.store.prefetch([shard.index for shard in rows.shards])
-        tables = [rows.reader(number).index for number in np.flatnonzero(rows.counts).tolist()]
+        tables = [rows.index(number) for number in np.flatnonzero(rows.counts).tolist()]
         names = sorted({name for table in tables for name in table.column_names if name.startswith(FACTOR)})
         for name in names:
             if any(name not in table.column_names or table[name].null_count for table in tables):

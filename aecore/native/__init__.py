@@ -16,7 +16,7 @@ import numpy as np
 
 from aecore.store import environment_value
 
-VERSION = 13  # equal to the one in native.h: a library built from another version is not used
+VERSION = 15  # equal to the one in native.h: a library built from another version is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 
 
@@ -84,7 +84,9 @@ def _describe(library: Any) -> None:  # any: as above
     data, numbers, labels, words, facts = (np.ctypeslib.ndpointer(kind, flags="C") for kind in ("u1", "i8", "i4", "u4", FACTS))
     number = ctypes.c_int64
     library.aecore_sha256.argtypes = [words, data, number, data, numbers, numbers, number, data]
-    library.aecore_list.argtypes = [ctypes.c_int, data, data, number, numbers, numbers, number]
+    library.aecore_blake2b.argtypes = [ctypes.c_char_p, number, data, labels, number, np.ctypeslib.ndpointer("u8", flags="C")]
+    library.aecore_blake2b.restype = None
+    library.aecore_list.argtypes = [ctypes.c_int, data, data, number, numbers, numbers, numbers, data, number]
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
     library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
     library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, number, data]

@@ -7,9 +7,10 @@ import ctypes
 import hashlib
 import os
 import struct
+import threading
 import zlib
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from aecore import native
 from aecore.native import FACTS
 from aecore.native.bytes_column import Bytes, BytesColumn, Int64s
+from aecore.store import STATE_BYTES, local_state
 
 _BLOCK = 64  # bytes of a block of sha256
+_buffers = threading.local()
 _TAR_BLOCK = 512
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
 _START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32)
@@ -58,7 +61,7 @@ class StreamHash:
         self._library.aecore_sha256(self.state, blocks, len(blocks) // _BLOCK, *places, len(messages), digests)
         return digests
 
-    def append(self, stream: bytes) -> None:
+    def append(self, stream: bytes | memoryview) -> None:
         """Append whole blocks to the stream."""
         self.update(stream, _NOTHING)
 
@@ -94,31 +97,66 @@ def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> BytesColumn:
     return BytesColumn(buffer, begins, ends)
 
 
-def list_folder(folder: int) -> dict[str, int]:
-    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it, sorted by bytes.
+class Entries(NamedTuple):
+    """What is in a folder, n names sorted by their bytes: of a regular file its size, state and when it was changed last (ns).
 
-    OSError if it cannot be read.
+    Of everything else the size is -1 and the state dashes. `joined` are the names, each ended by a zero byte, `characters` the states,
+    `[n, STATE_BYTES + 1]` with a zero at the end.
     """
-    library, most = native._library(), 1 << 14
+
+    joined: bytes
+    sizes: Int64s
+    characters: NDArray[np.uint8]
+    changed: Int64s
+
+    @property
+    def names(self) -> list[str]:
+        """The n names."""
+        return os.fsdecode(self.joined).split("\0")[:-1]
+
+    @property
+    def states(self) -> list[str]:
+        """The n states."""
+        return self.characters.tobytes().decode("ascii").split("\0")[:-1]
+
+
+def list_folder(folder: int) -> Entries:
+    """Return what is in the folder with this descriptor; OSError if it cannot be read."""
+    library = native._library()
     while library is not None:
-        (joined, room), (order, sizes) = np.empty((2, 64 * most), np.uint8), np.empty((2, most), np.int64)
-        length = library.aecore_list(folder, joined, room, len(joined), order, sizes, most)
+        joined, _, order, sizes, changed, states = buffers = _listing_buffers(1 << 14)
+        length = library.aecore_list(folder, *buffers[:2], len(joined), order, sizes, changed, states, len(order))
         if length >= 0:
-            names = os.fsdecode(joined[:length].tobytes()).split("\0")[:-1]
-            return dict(zip(names, sizes[: len(names)].tolist(), strict=True))
+            count = int(np.count_nonzero(joined[:length] == 0))
+            return Entries(joined[:length].tobytes(), sizes[:count].copy(), states[:count].copy(), changed[:count].copy())
         if length == -2:
             break  # Python raises the error
-        most *= 8
+        _listing_buffers(8 * len(order))
     with os.scandir(folder) as entries:
-        found = {entry.name: _file_size(entry) for entry in entries}
-    return dict(sorted(found.items(), key=lambda item: os.fsencode(item[0])))
+        rows = sorted((os.fsencode(entry.name), _regular(entry)) for entry in entries)
+    states_of = "".join(("-" * STATE_BYTES if state is None else local_state(state)) + "\0" for _, state in rows)
+    return Entries(
+        b"".join(name + b"\0" for name, _ in rows),
+        np.array([-1 if state is None else state.st_size for _, state in rows], np.int64),
+        np.frombuffer(states_of.encode(), np.uint8).reshape(-1, STATE_BYTES + 1),
+        np.array([0 if state is None else max(state.st_mtime_ns, state.st_ctime_ns) for _, state in rows], np.int64),
+    )
 
 
-def _file_size(entry: os.DirEntry[str]) -> int:
+def _listing_buffers(most: int) -> tuple[Any, ...]:  # any: arrays of several dtypes
+    """Return the arrays for a folder of `most` names or more, the same in a thread: clearing new ones costs half the time."""
+    found: tuple[Any, ...] | None = getattr(_buffers, "of_listing", None)
+    if found is None or len(found[2]) < most:
+        texts, numbers = np.empty((2, 128 * most), np.uint8), np.empty((3, most), np.int64)
+        found = _buffers.of_listing = (*texts, *numbers, np.empty((most, STATE_BYTES + 1), np.uint8))
+    return found
+
+
+def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
-        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+        return entry.stat(follow_symlinks=False) if entry.is_file(follow_symlinks=False) else None
     except FileNotFoundError:  # deleted since the folder was read
-        return -1
+        return None
 
 
 def examine(files: BytesColumn) -> NDArray[Any]:  # any: structured

@@ -19,6 +19,7 @@ from aecore import native
 from aecore.native import FACTS
 from aecore.native.bytes_column import Bytes, BytesColumn, Int64s
 from aecore.native.loops import StreamHash, facts_of, frame_sample
+from aecore.store import STATE_BYTES, local_state
 
 PAGE = mmap.PAGESIZE
 SLOTS = 6  # blocks in memory: two are read, one is hashed, one is written, two wait for that
@@ -45,6 +46,8 @@ class TarFiles:
         The first sample of each block, and N.
     blank : `[512]` uint8
         The header of a member without name and size.
+    states : `[N, STATE_BYTES]` uint8, optional
+        The listed state of each file (see `aecore.store`).
     """
 
     folder: int
@@ -56,6 +59,7 @@ class TarFiles:
     ends: Int64s
     blocks: Int64s
     blank: Bytes
+    states: Bytes | None = None
 
     def require_consistent(self) -> None:
         """Raise AssertionError unless every file has a path, a name and a block: compiled threads do not check it."""
@@ -67,6 +71,8 @@ class TarFiles:
             text.require_inside()
             if len(text) and (text.ends.max() >= len(text.data) or text.data[text.ends].any()):
                 raise AssertionError("paths and names are ended by a zero byte")
+        if self.states is not None and not (self.states.shape == (len(self.labels), STATE_BYTES) and self.states.flags.c_contiguous):
+            raise AssertionError("every file has a state")
         arrays: tuple[NDArray[Any], ...] = (*columns, self.blocks)  # any: int64 and int32 arrays
         if not all(array.dtype == (np.int32 if array is self.labels else np.int64) and array.flags.c_contiguous for array in arrays):
             raise AssertionError("arrays are as in tar_builder.c")
@@ -77,7 +83,8 @@ class TarBuilder(ABC):
 
     `next_block` returns the next samples if all of their files are images of the expected sizes, and sets their `facts`. `submit` starts
     hashing them, into `digests` and `stream`, the hash of the tar. `finished_pages` returns the hashed pages, to be written, and `release`
-    frees their memory for another block. `tail` holds the bytes of the tar after its last full page, before and after.
+    frees their memory for another block. `changed` says whether the state of a file, after it was read, was another one than the listed one
+    (1; 0 where there are none). `tail` holds the bytes of the tar after its last full page, before and after.
     """
 
     def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
@@ -85,6 +92,7 @@ class TarBuilder(ABC):
         self.files, self.stream = files, stream
         self.facts = np.empty(len(files.labels), FACTS)
         self.digests = np.empty((len(files.labels), 32), np.uint8)
+        self.changed = np.zeros(len(files.labels), np.uint8)
         self.tail = np.frombuffer(tail.ljust(PAGE, b"\0"), np.uint8).copy()
         self.submitted = self.released = 0  # blocks
         self._origins = files.starts[files.blocks] // PAGE * PAGE  # offset in the tar of the first byte of each block's memory
@@ -176,8 +184,10 @@ class PythonTarBuilder(TarBuilder):
         files, slot, blank, origin = self.files, self._slot(block).data, self.files.blank.tobytes(), int(self._origins[block])
         for row in range(*files.blocks[block : block + 2].tolist()):
             begin, end = int(files.begins[row]) - origin, int(files.ends[row]) - origin
-            if _read_file(files.folder, files.paths[row], slot[begin : end + _ROOM]) != end - begin:
+            size, state = _read_file(files.folder, files.paths[row], slot[begin : end + _ROOM])
+            if size != end - begin:
                 return False
+            self.changed[row] = files.states is not None and state.encode() != files.states[row].tobytes()
             self.facts[row] = facts = facts_of(slot[begin:end])
             if not facts[0]:
                 return False
@@ -194,19 +204,19 @@ class PythonTarBuilder(TarBuilder):
         self.tail[: last - (end - origin)] = slot[end - origin : last]
 
 
-def _read_file(folder: int, path: bytes, room: memoryview) -> int:
-    """Read a file from its start; return its size, -1 if it cannot be read or is larger than the room."""
+def _read_file(folder: int, path: bytes, room: memoryview) -> tuple[int, str]:
+    """Read a file from its start; return its size, -1 if it cannot be read or is larger than the room, and its state after that."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a FIFO does not block
     except OSError:
-        return -1
+        return -1, ""
     try:
         size = 0
         while size < len(room) and (got := os.preadv(file, [room[size:]], size)):
             size += got
-        return size if size < len(room) else -1
+        return (size if size < len(room) else -1), local_state(os.fstat(file))
     except OSError:
-        return -1
+        return -1, ""
     finally:
         os.close(file)
 
@@ -263,7 +273,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("folder", "num_blocks", "num_slots", "slot_bytes")),
         *((name, ctypes.c_void_p) for name in ("paths", "names", "path_at", "name_at", "labels", "starts", "begins", "ends", "blocks")),
-        *((name, ctypes.c_void_p) for name in ("blank", "slots", "state", "digests", "tail", "facts")),
+        *((name, ctypes.c_void_p) for name in ("blank", "slots", "state", "digests", "tail", "facts", "states", "changed")),
     )
 
 
@@ -274,4 +284,5 @@ def _arguments(builder: CompiledTarBuilder) -> _Arguments:
     made = (builder._slots, builder.stream.state, builder.digests, builder.tail, builder.facts)
     arrays: tuple[NDArray[Any], ...] = (*texts, *columns, *made)  # any: of several dtypes
     sizes = (files.folder, len(files.blocks) - 1, builder._num_slots, builder._slot_bytes)
-    return _Arguments(*sizes, *(array.ctypes.data for array in arrays))
+    states = None if files.states is None else files.states.ctypes.data
+    return _Arguments(*sizes, *(array.ctypes.data for array in arrays), states, builder.changed.ctypes.data)

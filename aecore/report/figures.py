@@ -13,6 +13,7 @@ from typing import Any
 
 from aecore.artifact.commit import require_same
 from aecore.artifact.documents import read_json, sealed
+from aecore.artifact.withdrawn import made_of
 from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.pictures import require_matplotlib
@@ -72,7 +73,8 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
                 files.append(f"{name}.png")
             except NotDrawn as reason:
                 left_out[name] = str(reason)
-    store.put(MANIFEST, sealed({"identity": identity, "files": files, "left_out": left_out}), role="figures")
+    with made_of(dataset.url, dataset.number, f"{store.url}/{MANIFEST}"):
+        store.put(MANIFEST, sealed({"identity": identity, "files": files, "left_out": left_out}), role="figures")
     logger.info("%s: %d figures, left out: %s", store.url, len(files), ", ".join(left_out) or "none")
     return {"url": store.url, "files": files, "left_out": left_out}
 

@@ -43,11 +43,13 @@ from aecore.store._open import (
     open_store,
     recorded_url,
     resolve_url,
-    split_tars,
+    split_urls,
 )
 from aecore.store._private import keep_torch_cache_private, make_private, name_torch_cache, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
+from aecore.store._scratch import new_path as scratch_path
 from aecore.store._scratch import pid_namespace
+from aecore.store._states import STATE_BYTES, Seen, local_seen, local_state, settled_ns
 
 __all__ = [
     "LEFT_BEHIND",
@@ -55,6 +57,7 @@ __all__ = [
     "ROUNDS",
     "SCHEMES",
     "SKEW_S",
+    "STATE_BYTES",
     "TAR_ENDINGS",
     "AlreadyExists",
     "FileRef",
@@ -63,6 +66,7 @@ __all__ = [
     "LocalFiles",
     "LocalStore",
     "Scheme",
+    "Seen",
     "Store",
     "absolute_url",
     "ahead_s",
@@ -77,6 +81,8 @@ __all__ = [
     "is_tar",
     "keep_torch_cache_private",
     "leads_nowhere",
+    "local_seen",
+    "local_state",
     "make_private",
     "name_torch_cache",
     "named_folder",
@@ -91,9 +97,11 @@ __all__ = [
     "recorded_url",
     "remove_staging",
     "resolve_url",
+    "scratch_path",
+    "settled_ns",
     "sha256_file",
     "sha256_json",
-    "split_tars",
+    "split_urls",
     "trim_cache",
     "unchecked_bodies",
 ]

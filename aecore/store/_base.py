@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from aecore.errors import DataError, StoreError
 from aecore.store._environment import environment_value
+from aecore.store._states import Seen
 
 SKEW_S = 5.0  # between the clocks of the storage and of this machine: more is worth a warning
 LEFT_BEHIND = (  # what to do about a file that blocks the same command
@@ -151,6 +152,16 @@ class Files(Protocol):
 
     def sizes(self, *, hidden: bool = False) -> dict[str, int]:
         """Return name -> size in bytes of every file below the URL, also `hidden` ones if asked, sorted; DataError if there is none."""
+
+    def seen(self, name: str) -> Seen:
+        """Return the state of a file before it is read, a listed object's as `sizes` listed it; OSError if it is not there."""
+
+    def state(self, name: str, found: os.stat_result | None = None) -> str | None:
+        """Return the state of a file whose bytes were read; None if it is not known.
+
+        `found` is what is known of the open file, or of its local copy; without it the bytes came from `read`, `prefetch` or `pieces`, and
+        the state is returned once.
+        """
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; OSError if it cannot be read."""

@@ -17,7 +17,7 @@ from aecore.errors import ConfigError, did_you_mean
 PREFIX = "AECORE_"
 ROLES = (  # kinds of files that a store commits
     *("checkpoint", "config", "decoded", "figure", "figures", "image", "index", "listing", "manifest", "metrics", "model", "part"),
-    *("quarantine", "race", "record", "refused", "run", "samples", "state", "tar", "weights"),
+    *("quarantine", "race", "record", "refused", "removal", "report", "run", "samples", "state", "tar", "weights"),
 )
 FAULT_STAGES = ("staged", "synced", "linked")  # written but not durable, durable but not visible, visible
 _FAULT = re.compile(rf"({'|'.join(ROLES)})\.({'|'.join(FAULT_STAGES)})(:[1-9]\d{{0,8}})?")

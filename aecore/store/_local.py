@@ -8,6 +8,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,7 @@ from aecore.store._base import FileRef, Store, damaged, fault_point, open_regula
 from aecore.store._cleanup import close_read, discard
 from aecore.store._links import LinkedFolders
 from aecore.store._race import races
+from aecore.store._states import Seen, local_seen, local_state, settled_ns
 
 LINK_TRIES = 20
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -278,6 +280,17 @@ class LocalFiles:
         if not found:
             raise DataError(f"{self.url} holds no file: check the address")
         return dict(sorted(found.items()))
+
+    @cached_property
+    def _settled_ns(self) -> int:
+        return settled_ns(self.root)
+
+    def seen(self, name: str) -> Seen:
+        settled = self._settled_ns  # before the file is looked at
+        return local_seen(self.local(name).stat(), settled)
+
+    def state(self, name: str, found: os.stat_result | None = None) -> str | None:
+        return None if found is None else local_state(found)
 
     def read(self, name: str) -> bytes:
         return self.local(name).read_bytes()

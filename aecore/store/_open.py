@@ -1,6 +1,7 @@
 """URLs: the table of schemes, how addresses are made absolute, and which store they open."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +34,24 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(TAR_ENDINGS)
 
 
-def split_tars(url: str) -> list[str]:
-    """Return the addresses of tars that are joined by `::`, as webdataset writes several; one address is returned as it is."""
+def split_urls(url: str) -> list[str]:
+    """Return the addresses that are joined by `::`, as webdataset writes several; one address is returned as it is.
+
+    They are if all are tars, or if each begins as an address does: with a scheme, / or a dot. Else `::` is part of a name.
+    """
     parts = url.split("::")
-    return parts if len(parts) > 1 and all(map(is_tar, parts)) else [url]
+    several = all(map(is_tar, parts)) or all(re.match(r"\.{0,2}/|\.{1,2}$|\w+://", part) for part in parts)
+    return parts if len(parts) > 1 and several else [url]
 
 
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
     """Return a local path (or `file://` URL) as an absolute path, an `s3://` URL without a slash at its end.
 
-    Workers have another working directory, so addresses are made absolute before they travel; each of several tars joined by `::` is.
+    Workers have another working directory, so addresses are made absolute before they travel; each of several joined by `::` is.
     ConfigError for any other scheme.
     """
     text = os.fspath(url)
-    if len(parts := split_tars(text)) > 1:
+    if len(parts := split_urls(text)) > 1:
         return "::".join(absolute_url(part, what) for part in parts)
     if not text:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")

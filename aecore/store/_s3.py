@@ -25,7 +25,7 @@ from aecore.store._cleanup import discard
 from aecore.store._race import ROLE, require_atomic, retest
 from aecore.store._s3_body import written_sha256
 from aecore.store._s3_client import Answered, code_of, endpoint, retried
-from aecore.store._s3_prefix import BucketPrefix
+from aecore.store._s3_prefix import BucketPrefix, date_of
 from aecore.store._scratch import new_path
 from aecore.threads import map_ordered
 
@@ -234,7 +234,7 @@ class S3Store(BucketPrefix):
 
     def now(self) -> float:
         page = next(self._pages(Prefix=f"{self._key('')}/", Delimiter="/"))
-        date = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        date = date_of(page)
         if date is None:
             raise StoreError(f"{self.url}: the service's answers have no date")
         return parsedate_to_datetime(date).timestamp()

@@ -58,6 +58,7 @@ async def receive(
     sha256: str | None = None,
     limit: int | None = None,
     fresh: bool = False,
+    see: Callable[[dict[str, Any]], object] | None = None,
 ) -> str | None:
     """Feed the body of an object to the function that `begin()` returns; `begin` is called again for each read.
 
@@ -71,6 +72,8 @@ async def receive(
         The most bytes that the object may have.
     fresh : bool
         Ask proxies on the way for the service's own answer; the read after a mismatch always does.
+    see : callable, optional
+        Called with the answer of each read, before its body is received.
 
     Returns
     -------
@@ -88,7 +91,7 @@ async def receive(
     before: _Received | None = None
     for number in range(READS):
         past_proxies.set(fresh or number > 0)
-        got = await retried(lambda: _once(filesystem, at, where, begin, sha256, limit), where, "read")
+        got = await retried(lambda: _once(filesystem, at, where, begin, sha256, limit, see), where, "read")
         if got.matches:
             return sha256
         if number == 1 and before is not None and got.digests and got.digests == before.digests:
@@ -112,7 +115,13 @@ async def receive(
 
 
 async def _once(
-    filesystem: "S3FileSystem", at: dict[str, str], where: str, begin: Callable[[], Take], sha256: str | None, limit: int | None
+    filesystem: "S3FileSystem",
+    at: dict[str, str],
+    where: str,
+    begin: Callable[[], Take],
+    sha256: str | None,
+    limit: int | None,
+    see: Callable[[dict[str, Any]], object] | None,
 ) -> _Received:
     """Read a body once. ShortBody if it ends early."""
     from botocore.exceptions import FlexibleChecksumError
@@ -120,6 +129,8 @@ async def _once(
     known = bucket(where)
     asked = sha256 is None and not known.refuses_mode
     answer = await _answer(filesystem, at, known) if asked else await filesystem._call_s3("get_object", **at)
+    if see is not None:
+        see(answer)
     if limit is not None and answer["ContentLength"] > limit:
         answer["Body"].close()  # the rest of it is not received
         require_at_most(where, answer["ContentLength"], limit)

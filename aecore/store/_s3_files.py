@@ -12,15 +12,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from aecore.errors import DataError, counted
 from aecore.store._buckets import bucket
 from aecore.store._cache import ObjectCache
 from aecore.store._cleanup import close_read
 from aecore.store._s3_client import Answered, Client, ShortBody, client, retried, unsigned
-from aecore.store._s3_prefix import BucketPrefix
+from aecore.store._s3_prefix import BucketPrefix, date_of
+from aecore.store._states import Seen, object_seen, object_state
 from aecore.threads import submit_ahead
 
 if TYPE_CHECKING:
@@ -33,10 +35,16 @@ PIECE_BYTES = 1 << 14  # of an object of which little is read
 
 
 class State(NamedTuple):
-    """ETag and size of an object."""
+    """ETag, size and modification time of an object, and the time of the answer that showed it."""
 
     etag: str
     bytes: int
+    modified: datetime
+    date: str | None
+
+    @property
+    def text(self) -> str:
+        return object_state(self.etag, self.modified)
 
 
 class S3Files(BucketPrefix):
@@ -45,6 +53,9 @@ class S3Files(BucketPrefix):
     def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
         super().__init__(url, bucket, prefix, profile)
         self._listed: dict[str, State] = {}
+        self._bodies = dict[str, str]()  # states of objects whose bytes were read
+        self._copies = dict[str, str]()  # states of objects of which copies were opened
+        self._parts = dict[str, str]()  # states of objects of which pieces are read
         self._markers = list[str]()  # objects of the last listing whose names end in "/"
         self._told = False  # of them
         self._held = deque[int]()  # descriptors of the last copies whose paths were returned
@@ -70,7 +81,11 @@ class S3Files(BucketPrefix):
         self._markers.clear()
         prefix = f"{self._prefix}/" if self._prefix else ""
         for page in self._pages(Prefix=prefix):
-            named = ((entry["Key"][len(prefix) :], State(entry.get("ETag", ""), entry["Size"])) for entry in page.get("Contents", ()))
+            date = date_of(page)
+            named = (
+                (entry["Key"][len(prefix) :], State(entry.get("ETag", ""), entry["Size"], entry["LastModified"], date))
+                for entry in page.get("Contents", ())
+            )
             found = {name: state for name, state in named if name}
             self._markers += [name for name in found if name.endswith("/")]
             yield {name: state for name, state in found.items() if not name.endswith("/")}
@@ -101,8 +116,23 @@ class S3Files(BucketPrefix):
             raise DataError(f"{self.url} holds no object: check the address")
         return {name: state.bytes for name, state in self._listed.items()}
 
+    def seen(self, name: str) -> Seen:
+        state = self._listed.get(name) or self._state(name)
+        return object_seen(state.etag, state.modified, state.date)
+
+    def state(self, name: str, found: os.stat_result | None = None) -> str | None:
+        if found is not None:
+            return self._copies.get(name)
+        return self._bodies.pop(name, None) or self._parts.get(name)
+
     def read(self, name: str) -> bytes:
-        return self._result(self._client.submit(lambda filesystem: self._body(filesystem, name)), name)
+        return self._result(self._submit(name), name)
+
+    def _submit(self, name: str) -> Future[bytes]:
+        def see(answer: dict[str, Any]) -> None:  # any: S3's answer
+            self._bodies[name] = object_state(answer["ETag"], answer["LastModified"])
+
+        return self._client.submit(lambda filesystem: self._body(filesystem, name, see=see))
 
     def _result(self, future: Future[bytes], name: str) -> bytes:
         try:
@@ -111,13 +141,13 @@ class S3Files(BucketPrefix):
             if error.missing:
                 raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
             if error.taken:
-                raise DataError(f"{self._where(name)} was replaced while it was read: run the same command again") from None
+                raise self._replaced(name) from None
             raise
 
     def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
         """Return `read` for these names in this order, with `IN_FLIGHT` of them being downloaded."""
         expected = iter(names)
-        bodies = submit_ahead(lambda name: self._client.submit(lambda filesystem: self._body(filesystem, name)), names, IN_FLIGHT)
+        bodies = submit_ahead(self._submit, names, IN_FLIGHT)
 
         def read(name: str) -> bytes:
             body = next(bodies, None)
@@ -142,7 +172,18 @@ class S3Files(BucketPrefix):
     def _copy(self, name: str) -> tuple[str, int, Callable[[Path], object]]:
         """Return what the cache asks of an object: its identity, its size, how to download it."""
         state = self._state(name)
-        return f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to)
+        self._copies[name] = state.text
+
+        def download(target: Path) -> None:
+            try:
+                self._download(name, target, IfMatch=state.etag)
+            except Answered as error:
+                raise self._replaced(name) if error.taken else error from None
+
+        return f"{self._where(name)} {state.etag}", state.bytes, download
+
+    def _replaced(self, name: str) -> DataError:
+        return DataError(f"{self._where(name)} was replaced while it was read: run the same command again")
 
     def start(self, name: str) -> IO[bytes]:
         return io.BufferedReader(_Pieces(self, name, self._state(name)), PIECE_BYTES)
@@ -182,6 +223,7 @@ class S3Files(BucketPrefix):
         states = {name: self._listed.get(name) or self._state(name) for name in names}
         if sum(state.bytes for state in states.values()) <= (ObjectCache().limit if room is None else room):
             return None
+        self._parts = {name: state.text for name, state in states.items()}
 
         def submit(row: int) -> Future[bytes]:
             name, offset, size = places[row]
@@ -229,7 +271,7 @@ class S3Files(BucketPrefix):
         head = self._head(name)
         if head is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self._where(name))
-        return State(head["ETag"], int(head["ContentLength"]))
+        return State(head["ETag"], int(head["ContentLength"]), head["LastModified"], date_of(head))
 
 
 class _Pieces(io.RawIOBase):

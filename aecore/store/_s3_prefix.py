@@ -1,7 +1,7 @@
 """A bucket and a prefix: the calls that the store of an artefact and external files share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,18 +65,25 @@ class BucketPrefix:
     def _get(self, name: str, limit: int | None = None, fresh: bool = False) -> bytes:
         return self._client.run(lambda filesystem: self._body(filesystem, name, limit, fresh))
 
-    async def _body(self, filesystem: "S3FileSystem", name: str, limit: int | None = None, fresh: bool = False) -> bytes:
+    async def _body(
+        self,
+        filesystem: "S3FileSystem",
+        name: str,
+        limit: int | None = None,
+        fresh: bool = False,
+        see: Callable[[dict[str, Any]], object] | None = None,  # any: S3's answer
+    ) -> bytes:
         pieces: list[bytes] = []
 
         def begin() -> Take:
             pieces.clear()
             return pieces.append
 
-        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit, fresh=fresh)
+        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit, fresh=fresh, see=see)
         return b"".join(pieces)
 
-    def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:
-        """Write an object to `target`; return its sha256 if the expected one is given."""
+    def _download(self, name: str, target: Path, sha256: str | None = None, **only: str) -> str | None:
+        """Write an object to `target`, if it fits the conditions `only`; return its sha256 if the expected one is given."""
         # not truncated first: the cache counts the bytes that it has reserved in the file
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb", buffering=0) as file:
 
@@ -84,9 +91,15 @@ class BucketPrefix:
                 file.seek(0)
                 return lambda piece: _write(file, piece)
 
-            found = self._client.run(lambda filesystem: receive(filesystem, self._at(name), self._where(name), begin, sha256))
+            found = self._client.run(lambda filesystem: receive(filesystem, self._at(name) | only, self._where(name), begin, sha256))
             file.truncate()
         return found
+
+
+def date_of(answer: dict[str, Any]) -> str | None:  # any: S3's answer
+    """Return the time of an answer, by the clock of the service, as HTTP writes it."""
+    date: str | None = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return date
 
 
 def _write(file: FileIO, piece: bytes) -> None:

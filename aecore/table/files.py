@@ -1,6 +1,6 @@
 """The parts of a table as a pyarrow file system: downloaded at the first read, readable as long as they are open."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,19 @@ class PartFiles(pafs.FileSystemHandler):
     """Files of a store by address (`<url>/<name>`); read-only.
 
     A file of a bucket is opened in the local cache: an eviction removes its name, an open file stays readable. `footers` are the hashes of
-    their footers, which pyarrow reads by itself: they are compared whenever a file is opened.
+    their footers, which pyarrow reads by itself: they are compared whenever a file is opened. `read` is called with the function that
+    opens one.
     """
 
-    def __init__(self, store: Store, refs: Mapping[str, FileRef], footers: Mapping[str, str]) -> None:
-        self._store, self._refs, self._footers = store, refs, footers
+    def __init__(
+        self,
+        store: Store,
+        refs: Mapping[str, FileRef],
+        footers: Mapping[str, str],
+        *,
+        read: Callable[[Callable[[], pa.NativeFile]], pa.NativeFile] = lambda once: once(),
+    ) -> None:
+        self._store, self._refs, self._footers, self._read = store, refs, footers, read
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PartFiles) and (self._store.url, self._refs) == (other._store.url, other._refs)
@@ -64,7 +72,7 @@ class PartFiles(pafs.FileSystemHandler):
             finally:
                 close_read(descriptor)
 
-        return again_if_corrupt(self._store, ref, opened, path)
+        return self._read(lambda: again_if_corrupt(self._store, ref, opened, path))
 
     open_input_stream = open_input_file
 

@@ -2,10 +2,12 @@
 
 A manifest names every part with its size and hash, and the chain of custody: checkpoint, dataset generation, shards. It is a
 pure function of the part records and of the inputs, without timestamps, so the same work gives the same bytes. Parts are in the order
-of the dataset's manifest; generations only append.
+of the dataset's manifest. A generation adds the parts of new shards, and names other parts of a shard that lost samples, or of all shards
+where columns were added: copies of the old ones without these rows, or with these columns (`copied_from`).
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,15 @@ from aecore.registry import LARGEST_SIZE, shown
 from aecore.store import FileRef, Store, sha256_json
 
 STEM = "table"
+ALL, METADATA = "all", "metadata"  # words of `encode.columns`: every column but `members`; those of tables of before
 DTYPES = ("float32", "float16", "int32")  # of encoded columns
+LATER = ("footer_sha256", "removed_sha256", "copied_from")  # keys that a part lacks where they say nothing
+_COPY = re.compile(r"(-r\d{6})?(-t\d{6})?")  # what follows the shard in the name of a part: rows of it, the claim that wrote it again
 
 
 @dataclass(frozen=True, slots=True)
 class TablePart:
-    """One Parquet file: the rows `[row_start, row_stop)` of one input shard, less the quarantined ones."""
+    """One Parquet file: the live rows `[row_start, row_stop)` of one input shard, less the quarantined ones and those not chosen."""
 
     split: str
     stem: str
@@ -35,25 +40,29 @@ class TablePart:
     quarantined: int = 0
     quarantine: FileRef | None = None
     footer_sha256: str | None = None  # no page checksum covers it; None in parts of version 1: their file's is compared
+    removed_sha256: str | None = (
+        None  # content hash of the removal file of the shard by which its live rows are counted; None: all are live
+    )
+    copied_from: str | None = None  # sha256 of the part whose rows it has; None: they were encoded
 
     @classmethod
     def from_record(cls, record: PartRecord) -> "TablePart":
         """Return the manifest's entry of a recorded part."""
         by_folder = {ref.name.split("/")[0]: ref for ref in record.files}
-        where = {name: record.detail[name] for name in ("split", "shard", "shard_sha256", "row_start", "row_stop")}
+        where: dict[str, Any] = {name: record.detail[name] for name in ("split", "shard", "shard_sha256", "row_start", "row_stop")}
+        where |= {name: record.detail.get(name) for name in LATER}
         return cls(
             stem=record.part,
             rows=record.rows,
             file=by_folder["data"],
             quarantined=record.quarantined,
             quarantine=by_folder.get("quarantine"),
-            footer_sha256=record.detail.get("footer_sha256"),
             **where,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data; a part of version 1 keeps the keys that it had."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "footer_sha256" or value is not None}
+        """Return plain JSON data; a part of before keeps the keys that it had."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in LATER or value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
@@ -84,6 +93,11 @@ class TableManifest:
     def num_rows(self) -> int:
         """Number of rows of all parts."""
         return sum(part.rows for part in self.parts)
+
+    @property
+    def index_columns(self) -> tuple[str, ...]:
+        """What `encode.columns` said of the columns that rows take from the index (see `aecore.table.part.passed_names`)."""
+        return tuple(self.identity.get("index_columns", (METADATA,)))
 
     @property
     def files(self) -> tuple[FileRef, ...]:
@@ -136,6 +150,9 @@ def _require_agreement(manifest: TableManifest) -> None:
     for name, kind, least in (("batch", int, 1), ("rows_per_part", int, 0), ("dtype", str, ""), ("preprocessing", dict, None)):
         if type(identity[name]) is not kind or (kind is int and identity[name] < least):
             raise ValueError(f"its identity has the {name} {shown(identity[name])}")
+    chosen = identity.get("index_columns", [])
+    if not isinstance(chosen, list) or not all(type(name) is str for name in chosen) or type(identity.get("where", "")) is not str:
+        raise ValueError(f"its identity has the index_columns {shown(chosen)} and the predicate {shown(identity.get('where'))}")
     for name, info in manifest.columns.items():
         dtypes = ("float32", "int32") if info["dim"] is None else (identity["dtype"], "int32")
         if (
@@ -156,12 +173,15 @@ def _require_agreement(manifest: TableManifest) -> None:
         raise ValueError(f"claim_sha256 is {shown(manifest.claim_sha256)}, its identity and its dataset have {claimed}")
     size = part_size(identity["rows_per_part"], identity["batch"])
     for part in manifest.parts:
-        if size and (part.row_start % size or part.row_stop - part.row_start > size):
+        copied = part.copied_from is not None
+        if size and ((part.row_start % size and not copied) or part.row_stop - part.row_start > size):
             raise ValueError(f"{part.stem} has the rows {part.row_start} to {part.row_stop}, expected {size} by rows_per_part and batch")
         names = [(part.file, f"data/split={part.split}/{part.stem}.parquet"), (part.quarantine, f"quarantine/{part.stem}.parquet")]
         wrong = next((ref.name for ref, name in names if ref is not None and ref.name != name), None)
-        stem = part.shard if not size else f"{part.shard}-r{part.row_start // size:06d}"
-        if wrong is not None or part.stem != stem or not is_stem_of(part.split, part.shard):
+        rows = "" if not size else f"-r{part.row_start // size:06d}"
+        named = _COPY.fullmatch(part.stem.removeprefix(part.shard))
+        same_rows = named is not None and ((named[1] or "") == rows or (copied and size and named[1]))
+        if wrong is not None or not same_rows or (copied and named is not None and not named[2]) or not is_stem_of(part.split, part.shard):
             raise ValueError(f"the part {shown(part.stem)} of shard {shown(part.shard)} is {shown(wrong or part.file.name)}")
         if (part.quarantine is None) != (part.quarantined == 0) or part.row_stop < part.row_start:
             raise ValueError(f"{part.stem} has {part.quarantined} quarantined of the rows {part.row_start} to {part.row_stop}")

@@ -24,10 +24,11 @@ from aecore.artifact.documents import parse_json
 from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.footer import Footer
 from aecore.data.format.form import Form, form_problems
-from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256, column_problems, plain_type
 from aecore.data.format.parquet import footer_sha256, read_metadata, read_parquet, same_footers
 from aecore.errors import DataError, disk_error
 from aecore.store import LEFT_BEHIND, AlreadyExists, FileRef, Store, read_again, sha256_json
+from aecore.table.manifest import ALL, METADATA
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
@@ -38,7 +39,10 @@ PREFIX = "aecore."
 SEAL = "producer_sha256"
 PREPROCESSING = "preprocessing_sha256"  # follows from the config, which is compared, and the decoder's version, which is not
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
-NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
+NOT_PASSED = frozenset(
+    {"source", "sha256", SOURCE_SHA256, "members", "width", "height", "mode"}
+)  # index columns that describe bytes, not samples
+RENAMED = {"sha256": "sample_sha256"}  # column of an index -> that of a table
 OWN_COLUMNS = ("shard", "split")
 PART_FORM = Form(frozenset({"ZSTD", "UNCOMPRESSED"}), frozenset({"key"}), frozenset({"shard"}))
 QUARANTINE_FORM = Form(PART_FORM.codecs)
@@ -98,30 +102,49 @@ def numpy_view(column: Column) -> NDArray[Any]:  # any: the column's dtype
     return view
 
 
-def passed_columns(index: pa.Table) -> dict[str, Column]:
-    """Return the columns that rows take from the index of their shard: key, ordinal and metadata, without those that describe bytes."""
-    names = [name for name in index.column_names if name not in NOT_PASSED]
-    return {name: index[name].cast(plain_type(index[name].type)) for name in names}  # HF refuses dictionaries
+def passed_names(names: Sequence[str], chosen: Sequence[str]) -> dict[str, str]:
+    """Return the columns that a table takes from an index with these columns: its name -> the index's, in the order of the table.
+
+    `chosen` is what `encode.columns` says: names, and the words `ALL` and `METADATA` (all but NOT_PASSED). FIRST_COLUMNS always are in it.
+    """
+    table = {RENAMED.get(name, name): name for name in names if name != "members"}
+    first = [name for name in FIRST_COLUMNS.names if name in table]
+    wanted = {name for name, own in table.items() if ALL in chosen or name in chosen or (METADATA in chosen and own not in NOT_PASSED)}
+    return {name: table[name] for name in (*first, *(name for name in table if name in wanted and name not in first))}
+
+
+def passed_columns(index: pa.Table, chosen: Sequence[str] = (METADATA,)) -> dict[str, Column]:
+    """Return the columns that rows take from the index of their shard, as `passed_names`."""
+    names = passed_names(index.column_names, chosen)
+    return {name: index[own].cast(plain_type(index[own].type)) for name, own in names.items()}  # HF refuses dictionaries
 
 
 def part_table(
-    index: pa.Table, rows: NDArray[np.int64], shard: str, columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+    index: pa.Table,
+    rows: NDArray[np.int64],
+    shard: str,
+    columns: Mapping[str, Column],
+    metadata: Mapping[str, str],
+    chosen: Sequence[str] = (METADATA,),
 ) -> pa.Table:
-    """Return the rows of one part: key, shard, ordinal, the metadata columns of the index, then the encoded columns.
+    """Return the rows of one part: key, shard, ordinal, the `chosen` columns of the index (see `passed_names`), then the encoded columns.
 
-    `rows` are the encoded rows of the shard's index, ascending; `columns` are `[n, D]` or `[n]`; `metadata` comes without prefix.
-    DataError if a metadata column of the dataset has the name of a column of the table.
+    `rows` are the encoded rows of the shard's index, ascending; `columns` are `[n, D]` or `[n]`, or Arrow columns; `metadata` comes without
+    prefix. DataError if a metadata column of the dataset has the name of a column of the table.
     """
     first = int(rows[0]) if len(rows) else 0
     contiguous = not len(rows) or int(rows[-1]) - first + 1 == len(rows)
-    known = passed_columns(index.slice(first, len(rows)) if contiguous else index.take(pa.array(rows, pa.int64())))
-    taken = sorted({*known} & {*columns, *OWN_COLUMNS})
+    known = passed_columns(index.slice(first, len(rows)) if contiguous else index.take(pa.array(rows, pa.int64())), chosen)
+    doubled = {RENAMED[name] for name in RENAMED if RENAMED[name] in known and RENAMED[name] in index.column_names}
+    taken = sorted(({*known} & {*columns, *OWN_COLUMNS}) | doubled)
     if taken:
         raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table uses itself: rename it and shard again")
     arrays: dict[str, Column] = {"key": known.pop("key"), "shard": pa.repeat(pa.scalar(shard), len(rows)), "ordinal": known.pop("ordinal")}
     arrays |= known
     for name, values in columns.items():
-        arrays[name] = fixed_size_list(values) if values.ndim == 2 else pa.array(values)
+        if isinstance(values, np.ndarray):
+            values = fixed_size_list(values) if values.ndim == 2 else pa.array(values)
+        arrays[name] = values
     return pa.table(arrays, metadata={PREFIX + key: value for key, value in metadata.items()})
 
 
@@ -229,11 +252,20 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     """Commit the quarantined rows of a shard with their keys, ordinals and hashes; None if there are none."""
     if not refused:
         return None
+    return put_quarantine(store, stem, _quarantine_table(shard, index, refused))
+
+
+def _quarantine_table(shard: str, index: pa.Table, refused: Sequence[RefusedRow]) -> pa.Table:
     rows = sorted(refused, key=lambda row: row.row)
     taken = index.select(["key", "ordinal", "sha256"]).take(pa.array([row.row for row in rows], pa.int64()))
     columns: dict[str, Column] = {"key": taken["key"], "shard": [shard] * len(rows), "ordinal": taken["ordinal"], "sha256": taken["sha256"]}
     columns |= {name: [getattr(row, name) for row in rows] for name in ("stage", "reason", "message")}
-    name, table = f"quarantine/{stem}.parquet", pa.table(columns, schema=QUARANTINE_SCHEMA)
+    return pa.table(columns, schema=QUARANTINE_SCHEMA)
+
+
+def put_quarantine(store: Store, stem: str, table: pa.Table) -> FileRef:
+    """Commit the table of the quarantined rows of a part."""
+    name = f"quarantine/{stem}.parquet"
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(table, path, compression="none", write_page_checksum=True)

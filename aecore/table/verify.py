@@ -43,9 +43,10 @@ from aecore.data.format.footer import Footer
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
+from aecore.data.read.where import parse_where
 from aecore.errors import DataError, counted
 from aecore.store import FileRef, canonical_json, open_store, recorded_url, sha256_json
-from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest, table_manifest_of
+from aecore.table.manifest import ALL, STEM, TableManifest, TablePart, read_table_manifest, table_manifest_of
 from aecore.table.part import (
     PART_FORM,
     PRODUCER,
@@ -67,6 +68,7 @@ from aecore.table.table import KEYS, LatentTable, generation_problems, origin_pr
 logger = logging.getLogger(__name__)
 SHOWN = 20
 CHECKPOINT = "checkpoint.json"
+Heirs = Mapping[tuple[str, str | None], str | None]  # split and stem of a shard that was retired -> the one that took its place
 KL_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}  # of kl, which is computed in float32 before mu and log_var are rounded
 
 
@@ -134,6 +136,8 @@ def verify_table(
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
     stems = {part.stem for part in chosen}
+    sources = _sources(table) if any(part.copied_from is not None for part in chosen) else {}
+    heirs: Heirs | None = None if dataset is None else {(part.split, part.stem): part.by for part in dataset.manifest.retired}
     footers: dict[str, Footer] = {}
     for part in table.parts:
         read = part.stem in stems
@@ -146,15 +150,17 @@ def verify_table(
             if dataset is not None and (only is None or read):
                 shard = shards.get((part.split, part.shard))
                 problems += guarded(part.file.name, _index_problems(table, part, rows, dataset, shard, read))
+            if read:
+                problems += guarded(part.file.name, _copy_problems(table, part, rows, sources, heirs))
         except DataError as error:
             problems.append(str(error))
     problems = [*_foreign(table), *problems, *guarded(table.url, _unnamed_problems(table))]
-    problems += _coverage_problems(table, list(shards.values()))
+    problems += _coverage_problems(table, [ref for ref in shards.values() if table.manifest.identity.get("split", "") in ("", ref.split)])
     known = [part for part in table.parts if part.stem in footers]
     problems += generation_problems(known, [footers[part.stem].schema.to_arrow_schema() for part in known])
     if read_data:
         documents, damaged = read_all(table.store)
-        problems += [problem for problem in (*damaged, *_document_problems(table, documents, footers)) if problem not in problems]
+        problems += [problem for problem in (*damaged, *_document_problems(table, documents, footers, heirs)) if problem not in problems]
     if chosen and dataset is None:
         logger.warning(
             "%s: there is no dataset at %s, so keys, labels and metadata columns were not compared with the samples: say where it is now",
@@ -225,14 +231,67 @@ def _foreign(table: LatentTable) -> Iterator[str]:
 
 def _unnamed_problems(table: LatentTable) -> Iterator[str]:
     """Yield the Parquet files that no manifest names and that a pattern over the folder would read as well."""
-    newest = newest_number(table.store, STEM) or table.manifest.number
-    manifest = table.manifest if newest == table.manifest.number else read_table_manifest(table.store, newest)
+    manifests = [table.manifest, *_manifests(table)]
+    committed = {(manifest.claim_sha256, manifest.lineage["dataset"]["sha256"]) for manifest in manifests}
 
     def is_of_attempt(claim: Mapping[str, Any], number: int, stem: str) -> bool:  # any: plain JSON data
-        covers = claim["info"]["lineage"]["dataset"]
-        return bool(covers["sha256"] != manifest.lineage["dataset"]["sha256"] and covers["number"] >= manifest.lineage["dataset"]["number"])
+        covers, again = claim["info"]["lineage"]["dataset"]["sha256"], re.search(r"-t(\d{6})$", stem)
+        own = {(sha256_json(claim["identity"]), covers), (None, covers)}  # version 1 stated no hash of the claim
+        return not own & committed and (again is None or int(again[1]) == number)
 
-    yield from unnamed_problems(table.store, {"data": (".parquet",), "quarantine": (".parquet",)}, manifest.files, is_of_attempt)
+    named = (ref for manifest in manifests for ref in manifest.files)  # what a later one has replaced is there until it is collected
+    yield from unnamed_problems(table.store, {"data": (".parquet",), "quarantine": (".parquet",)}, named, is_of_attempt)
+
+
+def _manifests(table: LatentTable) -> list[TableManifest]:
+    """Return the other generations of a table that can be read."""
+    found = []
+    for number in range(1, (newest_number(table.store, STEM) or 0) + 1):
+        if number != table.manifest.number and table.store.size(f"{STEM}.{number:06d}.json") is not None:
+            try:
+                found.append(read_table_manifest(table.store, number))
+            except DataError as error:
+                logger.warning("%s", error)
+    return found
+
+
+def _sources(table: LatentTable) -> dict[str, TablePart]:
+    """Return sha256 -> part of every part that a generation before this one names."""
+    return {part.file.sha256: part for manifest in _manifests(table) if manifest.number < table.manifest.number for part in manifest.parts}
+
+
+def _left_to(part: TablePart, heirs: Heirs | None) -> set[str | None]:
+    """Return the shards that have had what was live of a part's shard (None: nothing was), as far as the dataset says it."""
+    found: list[str | None] = [part.shard]
+    while heirs is not None and (part.split, found[-1]) in heirs:
+        found.append(heirs[part.split, found[-1]])
+    return {*found}
+
+
+def _copy_problems(
+    table: LatentTable, part: TablePart, rows: pa.Table, sources: Mapping[str, TablePart], heirs: Heirs | None
+) -> Iterator[str]:
+    """Yield where a part is not what it says it was copied from, as far as that is still there."""
+    if part.copied_from is None:
+        return
+    source, name = sources.get(part.copied_from), part.file.name
+    if source is None:
+        yield f"{name} states that it was copied from a part with the sha256 {part.copied_from[:12]}, which no generation before names"
+        return
+    if source.split != part.split or (heirs is not None and part.shard not in _left_to(source, heirs)):
+        yield f"{name} states that it was copied from {source.file.name}, which is of another shard"
+        return
+    if table.store.size(source.file.name) is None:
+        return  # it was collected
+    table.store.check(source.file, verify=True)
+    there = read_part(table.store, source.file, ["ordinal", *table.manifest.columns], source.rows)
+    places = pc.index_in(rows["ordinal"], value_set=there["ordinal"].combine_chunks())
+    if places.null_count:
+        yield f"{name} has rows that {source.file.name}, from which it was copied, does not have"
+        return
+    for column in table.manifest.columns:
+        if not there[column].take(places.cast(pa.int64())).combine_chunks().equals(rows[column].combine_chunks()):
+            yield f"{name}: the values of {column} differ from those in {source.file.name}, from which it was copied"
 
 
 def _checkpoint_url(table: LatentTable, run_url: str | None) -> str | None:
@@ -320,7 +379,8 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, foote
     schema = footer.schema.to_arrow_schema()
     yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
-    if part.rows + part.quarantined != span:
+    chosen = "where" in table.manifest.identity  # how many is compared with the index
+    if part.rows + part.quarantined > span or (part.rows + part.quarantined < span and not chosen):
         yield f"{name} has {counted(part.rows, 'row', 'rows')} and {part.quarantined} quarantined of {counted(span, 'sample', 'samples')}"
     metadata = part_metadata(schema)
     if {key: metadata.get(key) for key in PRODUCER} not in table.manifest.lineage["encoded_by"]:
@@ -406,7 +466,15 @@ def _index_problems(
     if shard is None or shard.tar.sha256 != part.shard_sha256:
         yield f"{name} was encoded from a shard {part.shard} (sha256 {part.shard_sha256[:12]}) that the dataset does not have"
         return
-    index = dataset.reader(shard).index.slice(part.row_start, part.row_stop - part.row_start)
+    removal = None if shard.removed is None else shard.removed.content_sha256
+    if removal != part.removed_sha256:
+        stated, right = ("none" if each is None else each[:12] for each in (part.removed_sha256, removal))
+        yield f"{name} follows the removal {stated} of its shard, the dataset has {right}"
+        return
+    index = dataset.index(shard).slice(part.row_start, part.row_stop - part.row_start)
+    identity = table.manifest.identity
+    if "where" in identity:
+        index = index.filter(pa.array(parse_where(identity["where"]).mask(index)))
     if part.quarantine is not None:
         refused = read_part(table.store, part.quarantine, None, part.quarantined)
         is_refused = pc.is_in(index.column("key"), value_set=refused.column("key").combine_chunks())
@@ -414,15 +482,15 @@ def _index_problems(
         if read_data and any(not refused.column(column).equals(expected.column(column)) for column in ("key", "ordinal", "sha256")):
             yield f"{part.quarantine.name}: keys, ordinals or hashes differ from those in {shard.index.name}"
         index = index.filter(pc.invert(is_refused))
-    right = passed_columns(index if read_data else index.select(["key", "ordinal"]))
-    for column, values in right.items():
+    columns = passed_columns(index if read_data else index.select(["key", "ordinal"]), table.manifest.index_columns)
+    for column, values in columns.items():
         if column not in rows.column_names:
             yield f"{name} has no column {column!r}, which {shard.index.name} has"
         elif not _same(rows.column(column), values):
             yield f"{name}: the {column}s differ from those in {shard.index.name}"
     if not read_data:
         return
-    extra = [column for column in rows.column_names if column not in {*right, "shard", *table.manifest.columns}]
+    extra = [column for column in rows.column_names if column not in {*columns, "shard", *table.manifest.columns}]
     if extra:
         yield f"{name} has columns {', '.join(map(repr, extra))}, which neither {shard.index.name} nor the encoding has"
     if (found := part_metadata(rows.schema).get("index_content_sha256")) != shard.index_content_sha256:
@@ -436,7 +504,9 @@ def _same(found: Column, right: Column) -> bool:
     return bool(np.array_equal(found.to_numpy(), right.to_numpy(), equal_nan=True))
 
 
-def _document_problems(table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, Footer]) -> Iterator[str]:
+def _document_problems(
+    table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, Footer], heirs: Heirs | None
+) -> Iterator[str]:
     """Yield where claims, records, manifests and the metadata of parts contradict each other."""
     schemas = {stem: footer.schema.to_arrow_schema() for stem, footer in footers.items()}
     manifests = dict[int, TableManifest]()
@@ -452,7 +522,7 @@ def _document_problems(table: LatentTable, documents: Mapping[str, Document], fo
             manifests[manifest.number] = manifest
             if parent is not None and manifest.parent_sha256 != documents[f"{STEM}.{manifest.parent:06d}.json"].sha256:
                 yield f"{where}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
-            found = (f"{where}: {problem}" for problem in _generation_problems(parent, manifest, documents, schemas))
+            found = (f"{where}: {problem}" for problem in _generation_problems(parent, manifest, documents, schemas, heirs))
             yield from guarded(where, found)
     for part in table.parts:
         name = f"records/{part.stem}.json"
@@ -463,14 +533,21 @@ def _document_problems(table: LatentTable, documents: Mapping[str, Document], fo
 
 
 def _generation_problems(
-    parent: TableManifest | None, manifest: TableManifest, documents: Mapping[str, Document], schemas: Mapping[str, pa.Schema]
+    parent: TableManifest | None,
+    manifest: TableManifest,
+    documents: Mapping[str, Document],
+    schemas: Mapping[str, pa.Schema],
+    heirs: Heirs | None,
 ) -> Iterator[str]:
     """Yield where a generation is not its parent's, its claim's or its parts'."""
     old = () if parent is None else parent.parts
-    if parent is not None and (differences := disagreement(manifest.identity, parent.identity)):
-        yield f"its identity is not that of generation {parent.number}: {differences}"
-    if any(part not in manifest.parts for part in old):
-        yield f"it does not name the parts of generation {manifest.parent} as that one does"
+    if parent is not None:
+        same = {**manifest.identity, "index_columns": parent.identity.get("index_columns")}  # columns may be added
+        if differences := disagreement(same, {"index_columns": None, **parent.identity}):
+            yield f"its identity is not that of generation {parent.number}: {differences}"
+        if lost := [name for name in parent.index_columns if name not in manifest.index_columns and ALL not in manifest.index_columns]:
+            yield f"it lacks the columns {', '.join(lost)} of generation {parent.number}"
+    yield from _succession_problems(old, manifest, heirs)
     run, checkpoint = manifest.lineage["run"], manifest.lineage["checkpoint"]["url"]
     if run != checkpoint.removesuffix("/model"):
         yield f"its lineage names the run {run!r} and a checkpoint at {checkpoint!r}"
@@ -489,6 +566,22 @@ def _generation_problems(
             yield f"its lineage does not name what its parts say they were encoded by: {differences}"
 
 
+def _succession_problems(old: Sequence[TablePart], manifest: TableManifest, heirs: Heirs | None) -> Iterator[str]:
+    """Yield where a generation neither names a part of its parent nor a copy of it; of a shard without live samples it need not."""
+    copies = {part.copied_from: part for part in manifest.parts}
+    named = {part.stem: part for part in manifest.parts}
+    for part in old:
+        copy = copies.get(part.file.sha256)
+        if named.get(part.stem) == part:
+            continue
+        left = _left_to(part, heirs)
+        if copy is None and (heirs is None or None in left) and part.shard not in {each.shard for each in manifest.parts}:
+            continue
+        if copy is None or copy.split != part.split or (heirs is not None and copy.shard not in left):
+            yield f"it does not name the parts of generation {manifest.parent} as that one does, nor copies of them: {part.stem}"
+            return
+
+
 def _without_urls(lineage: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
     """Return checkpoint and dataset of a lineage without their addresses, which may have changed since a claim."""
     parts = {name: lineage.get(name, {}) for name in ("checkpoint", "dataset")}
@@ -499,13 +592,17 @@ def _record_problems(part: TablePart, document: Document, schema: pa.Schema | No
     """Yield what a record says that its part, or the metadata of that, do not."""
     record, detail = document.content, document.content["detail"]
     files = [ref for ref in (part.file, part.quarantine) if ref is not None]
-    where = {name: getattr(part, name) for name in ("split", "shard", "shard_sha256", "row_start", "row_stop", "footer_sha256")}
+    names = ("split", "shard", "shard_sha256", "row_start", "row_stop", "footer_sha256", "removed_sha256", "copied_from")
+    where = {name: getattr(part, name) for name in names}
     right = {"rows": part.rows, "quarantined": part.quarantined, "files": [dataclasses.asdict(ref) for ref in files], "detail": where}
     stated = {**{name: record[name] for name in right}, "detail": {name: detail.get(name) for name in where}}
     if schema is not None:
         metadata = part_metadata(schema)
         if document.is_sealed and seal_in(schema) is None:  # version 1 sealed neither
             yield f"{part.file.name} has no {SEAL}, which its writer gave it"
+        chosen = detail.get("index_columns")
+        stated["detail"]["index_columns"] = None if chosen is None else canonical_json(chosen).decode()
+        where["index_columns"] = metadata.get("index_columns")
         for name in ("checkpoint_sha256", "index_content_sha256"):
             stated["detail"][name], where[name] = detail.get(name), metadata.get(name)
         stated["detail"]["encoded_by"], where["encoded_by"] = detail.get("encoded_by"), {name: metadata.get(name) for name in PRODUCER}
@@ -523,6 +620,6 @@ def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterat
             yield f"the parts of shard {split}/{shard} overlap or leave rows out: {sorted(found)}"
     for ref in shards:
         covered = max((stop for _, stop in spans.get((ref.split, ref.stem), [])), default=-1)
-        if covered != ref.samples:
-            samples = counted(ref.samples, "sample", "samples")
+        if covered != ref.live:
+            samples = counted(ref.live, "sample", "samples")
             yield f"shard {ref.split}/{ref.stem} has {samples}, the table covers {max(covered, 0)} of them"

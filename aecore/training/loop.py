@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_generators, seed_of
+from aecore.artifact.withdrawn import made_of
 from aecore.checkpoint.files import (
     STATE,
     WEIGHTS,
@@ -303,17 +304,22 @@ class _Training:
                 loss = row["validation"]["loss"]
                 if self.best is None or loss < self.best["loss"]:
                     self.best = {"name": name, "step": self.step, "loss": loss}
-            ref = write_checkpoint(
-                self.store,
-                name,
-                self.objective.model,
-                self.config,
-                step=self.step,
-                state={"step": self.step, "optimizer": self.optimizer.state_dict(), **({} if self.held is None else {"held": self.held})},
-                metrics=tuple(self.log.parts),
-                best=self.best,
-                info=self._lineage(),
-            )
+            with made_of(self.dataset.url, self.dataset.number, f"{self.store.url}/{name}"):
+                ref = write_checkpoint(
+                    self.store,
+                    name,
+                    self.objective.model,
+                    self.config,
+                    step=self.step,
+                    state={
+                        "step": self.step,
+                        "optimizer": self.optimizer.state_dict(),
+                        **({} if self.held is None else {"held": self.held}),
+                    },
+                    metrics=tuple(self.log.parts),
+                    best=self.best,
+                    info=self._lineage(),
+                )
             self.kept.append(name)
             try:
                 self._retain()
@@ -354,7 +360,8 @@ class _Training:
             )
         chosen = newest if newest.best is None else read_checkpoint(self.store, newest.best["name"])
         chosen = same_as_published(self.store, chosen)
-        model = publish_model(self.store, chosen)
+        with made_of(self.dataset.url, self.dataset.number, f"{self.store.url}/model"):
+            model = publish_model(self.store, chosen)
         logger.info("published step %d as %s/model (%s)", model.step, self.store.url, model.sha256[:12])
         mean = self.log.epoch.to_dict()  # of the last step; a better one's has to be read
         return result_of(self.store, model, mean) if mean.get("step") == model.step else None

@@ -238,6 +238,7 @@ class Session:
         """
         if self.is_claimed():
             require_own_checkpoints(self.store, self.run_sha256)
+            self._require_own_generation()
             self._warn_if_product_changed()
             return
         self.require_trainable()
@@ -247,6 +248,7 @@ class Session:
             "dataset_number": self.dataset.number,
             "dataset_sha256": self.dataset.dataset_sha256,
             "total_steps": self.total_steps,
+            **({} if self._loaded is None else {"init_from": self._loaded.url.removesuffix("/model")}),
             **({} if self.classes is None else {"classes": list(self.classes)}),
             "linear": str(linear_path()),
         }
@@ -262,6 +264,17 @@ class Session:
         self._require_same(self.job.identity(self.dataset, identity["init_sha256"]))
         if moved:
             self.dataset, self._make_loaders = self._open()
+        self._require_own_generation()
+
+    def _require_own_generation(self) -> None:
+        """DataError if another generation is now where the run's was, one with the same splits; a finished run reads none."""
+        assert self.claim is not None
+        begun, now = self.claim["info"]["dataset_sha256"], self.dataset.dataset_sha256
+        if begun != now and self.dataset.number and self.store.size("model/checkpoint.json") is None:
+            raise DataError(
+                f"generation {self.dataset.number} of {self.dataset.url} has the dataset_sha256 {now[:12]}, the run at {self.store.url} "
+                f"began with {str(begun)[:12]}: another dataset is in its place; restore the one of then, or write to another out"
+            )
 
     def _warn_if_product_changed(self) -> None:
         """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""
@@ -285,7 +298,8 @@ class Session:
         """Return what training would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
         job = self.job
         job.identity(self.dataset, None)  # DataError if a split is missing
-        self.is_claimed()
+        if self.is_claimed():
+            self._require_own_generation()
         self.require_trainable()
         warnings = schedule_warnings(job.model, self.total_steps)
         return {

@@ -112,7 +112,7 @@ def require_finite_samples(batches: Iterable[Batch], rows: SplitRows) -> None:
 
 def _key(rows: SplitRows, ordinal: int) -> str:
     for number in range(len(rows.shards)):
-        index: Any = rows.reader(number).index  # any: pyarrow's stubs know no type of a column of a file
+        index: Any = rows.index(number)  # any: pyarrow's stubs know no type of a column of a file
         found = (index["ordinal"].to_numpy() == ordinal).nonzero()[0]
         if len(found):
             return str(index["key"][int(found[0])].as_py())

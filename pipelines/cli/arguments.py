@@ -7,6 +7,7 @@ Nothing heavy is imported: every `aepipe --help` passes through this module.
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from aecore.errors import ConfigError, similar
 
 Args = argparse.Namespace
 RECIPE_NOTE = "key.path=value sets any key of the recipe; `aepipe list sections` shows them all"
+_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
 class Result(NamedTuple):
@@ -111,6 +113,9 @@ class Verbs:
             if verb.reads_recipe:
                 sub.usage = sub.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [key=value ...]"
         args, unknown = parser.parse_known_args(words)
+        several = vars(args).get("src")
+        if isinstance(several, list) and len(several) > 1:  # of several words, one that is a key without its value
+            unknown += [word for word in (*several[1:], args.dataset) if _KEY.fullmatch(word) and not os.path.exists(word)]
         if unknown:
             sub = parsers.choices[args.verb.name]
             sub.error("; ".join(_unknown_argument(word, sub.format_help(), args.verb) for word in unknown))
@@ -122,6 +127,6 @@ def _unknown_argument(word: str, help: str, verb: Verb) -> str:
     if word.startswith("-"):
         near = similar(word.partition("=")[0], set(re.findall(r"--[a-z-]+", help)))
         return f"`aepipe {verb.name}` has no option {word}" + (f": did you mean {near[0]}?" if near else "")
-    if verb.reads_recipe and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
+    if verb.reads_recipe and _KEY.fullmatch(word):
         return f"{word} sets nothing: write key=value, as in {word}=..."
     return f"`aepipe {verb.name}` takes no argument {word!r}"

@@ -18,8 +18,8 @@ Where things are:
   {out}/dataset   WebDataset shards with a Parquet index      aepipe show {out}/dataset
   {out}/run       checkpoints, metrics, the model             aepipe show {out}/run
   {out}/table     one row of latents per image                aepipe verify {out}/table --read-data
-A query to try (DuckDB; python -c "import duckdb; duckdb.sql('...').show()"):
-  SELECT label, count(*) AS images, avg(kl) AS kl, avg(mu[1]) AS mu_1 FROM '{out}/table/data/**/*.parquet' GROUP BY label ORDER BY label"""
+A query to try in DuckDB, after the line that `aepipe show {out}/table --sql` prints:
+  SELECT label, count(*) AS images, avg(kl) AS kl, avg(mu[1]) AS mu_1 FROM latents GROUP BY label ORDER BY label"""
 
 
 def demo(args: Args) -> Result:

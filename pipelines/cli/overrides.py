@@ -47,7 +47,8 @@ def require_no_conflict(base: Mapping[str, Any], overrides: Sequence[str]) -> No
     tree = apply_overrides(base, overrides)
     for key, given in flatten(base):
         value = value_at(tree, key)
-        same = value == given or (not key.endswith(".kind") and bool(value) and absolute_url(str(value)) == absolute_url(given))
+        is_address = isinstance(given, str) and not key.endswith(".kind")
+        same = value == given or (is_address and bool(value) and absolute_url(str(value)) == absolute_url(given))
         if not same:
             raise ConfigError(
                 f"{key} is given twice: {given!r} as an argument and {value!r} as an override ({key}=...): leave out one of them"

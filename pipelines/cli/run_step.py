@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from pipelines.recipe.yaml import Tree
 
 
-def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
-    """Run one step. `base` holds the keys set by arguments; a dry run shows the sections of the recipe that the step reads."""
+def step(name: str, args: Args, base: Mapping[str, Any], **options: Any) -> Result:  # any: of the step
+    """Run one step. `base` holds the keys set by arguments; a dry run shows the sections of the recipe that the step reads.
+
+    `options` are those of its dry run.
+    """
     from pipelines.cli import text
     from pipelines.recipe.recipe import load_recipe
     from pipelines.steps import pipeline, progress, steps
@@ -36,7 +39,7 @@ def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
         summary = _as_job(name, recipe)
     else:
         report = progress.both(progress.terminal(), progress.log_to(logging.getLogger("pipelines")))
-        summary = steps.STEPS[name](recipe, report, dry_run=args.dry_run)
+        summary = steps.STEPS[name](recipe, report, dry_run=args.dry_run, **options)
     if args.dry_run:
         summary = {**summary, "recipe": recipe.resolved((*steps.STEPS[name].sections, "cluster"))}
     return Result(summary, text.of_step)

@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aecore.artifact.root import STAGES
 from aecore.registry import BOUNDS
 from pipelines.recipe.yaml import Tree
+
+SHOWN = 8
 
 
 def changed(data: Any, change: Callable[[str], str]) -> Any:
@@ -29,8 +32,10 @@ def of_step(summary: Mapping[str, Any]) -> str:
 
 
 def of_pipeline(summaries: Mapping[str, Any]) -> str:
-    """Return the lines of all steps."""
-    return "\n".join(of_step(summary) for summary in summaries.values())
+    """Return the lines of all steps, and whether there was nothing to do."""
+    made = [summary["made"] for summary in summaries.values() if "made" in summary]
+    nothing = [] if any(made) or not made else ["nothing new: no run was trained, and the table is up to date"]
+    return "\n".join([*map(of_step, summaries.values()), *nothing])
 
 
 def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
@@ -47,6 +52,91 @@ def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key}: {_value(value)}")
     return "\n".join(lines)
+
+
+def of_show(tree: Mapping[str, Any]) -> str:
+    """Return the output of `aepipe show`: a tree, in which the report of a dataset is put into sentences and long counts are cut."""
+    return of_tree(_for_people(tree))
+
+
+def _for_people(tree: Mapping[str, Any]) -> Tree:
+    shown: Tree = {}
+    for key, value in tree.items():
+        if key == "report" and isinstance(value, Mapping):
+            shown[key] = value["state"] if "state" in value else _report(value)
+        elif key in ("shapes", "extensions", "reasons") and isinstance(value, Mapping) and value:
+            shown[key] = _numbers(value)
+        else:
+            shown[key] = _for_people(value) if isinstance(value, Mapping) and key in STAGES else value
+    return shown
+
+
+def _report(report: Mapping[str, Any]) -> Tree:
+    """Return a report as a few lines."""
+    counts, pixels = report["counts"], report["pixels"]
+    left = f"; {report['left_out']:,} left out, whose content others have" if report["left_out"] else ""
+    classes = {split: _numbers(found) for split, found in counts["classes"].items() if found}
+    kind = "all" if pixels["exact"] else f"{pixels['samples']:,} of {pixels['of']:,}, chosen by a hash of the key"
+    values = {
+        f"{each['dtype']}, {_count(each['channels'], 'channel')}": f"mean {_brief(each['mean'])}, std {_brief(each['std'])}"
+        for each in pixels["formats"]
+    }
+    return {
+        "samples": _numbers(counts["splits"]) + left,
+        **({"classes": classes} if classes else {}),
+        "sizes": _numbers(counts["sizes"]),
+        "modes": _numbers(counts["modes"]),
+        "equal content": _equal(report["duplicates"]),
+        "in two splits": _equal(report["leaks"]),
+        "of two classes": _equal(report["contradicting_labels"]),
+        "tiny images": _unusual(report["tiny"]),
+        "odd images": _unusual(report["odd"]),
+        "training samples": {
+            "looked at": kind,
+            **values,
+            "constant": f"{pixels['constant']['samples']:,}" + _for_example(pixels["constant"]["examples"]),
+            **({"unreadable": pixels["unreadable"]} if pixels["unreadable"] else {}),
+        },
+        "seconds": ", ".join(f"{name} {seconds:.2f}" for name, seconds in report["seconds"].items()),
+    }
+
+
+def _equal(facts: Mapping[str, Any]) -> str:
+    if not facts["contents"]:
+        return "none"
+    example = facts["examples"][0]
+    keys = example if isinstance(example, list) else [f"{name}: {', '.join(keys)}" for name, keys in example.items()]
+    found = f"{_count(facts['samples'], 'sample')} of {_count(facts['contents'], 'content')}"
+    if facts["remaining"] < facts["contents"]:  # the others are left out
+        found = f"{facts['remaining'] or 'none'} in the dataset; in the source {found}"
+    return f"{found}, for example {' = '.join(keys)}"
+
+
+def _unusual(facts: Mapping[str, Any]) -> str:
+    if not facts["samples"]:
+        return "none"
+    return f"{facts['samples']:,} ({_numbers(facts['formats'])}){_for_example(facts['examples'])}"
+
+
+def _for_example(keys: Sequence[str]) -> str:
+    return f", for example {', '.join(keys[:3])}" if keys else ""
+
+
+def _numbers(counts: Mapping[str, int]) -> str:
+    """Return `a 3, b 2`, the largest first, cut after some."""
+    order = sorted(counts.items(), key=lambda item: -item[1])
+    more = f", ... ({len(order):,} in all)" if len(order) > SHOWN else ""
+    return ", ".join(f"{name} {count:,}" for name, count in order[:SHOWN]) + more if order else "-"
+
+
+def _brief(values: Sequence[float]) -> str:
+    cut = ", ..." if len(values) > SHOWN else ""
+    return ", ".join(f"{value:.4g}" for value in values[:SHOWN]) + cut
+
+
+def of_files(found: Mapping[str, Any]) -> str:
+    """Return the paths of a table's files, one a line, or the SQL of a view of them."""
+    return str(found["sql"]) if "sql" in found else "\n".join(found["files"])
 
 
 def of_parts(parts: Mapping[str, Any]) -> str:
@@ -85,9 +175,11 @@ def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
     bags = f" in {_count(sum(summary['bags'].values()), 'bag')}" if "bags" in summary else ""
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
+    removed = sum(summary.get("removed", {}).values()) + summary.get("removed_quarantined", 0)
+    gone = f", {removed:,} removed" if removed else ""
     size = f"{_count(summary['shards'], 'shard')}, {_size(summary['bytes'])}"
     noun = "sample" if sum(summary["samples"].values()) == 1 else "samples"
-    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}; {size}"
+    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}{gone}; {size}"
 
 
 def _train(summary: Mapping[str, Any]) -> str:
@@ -184,9 +276,12 @@ def of_gc(report: Mapping[str, Any]) -> str:
     """Return the output of `aepipe gc`: one line per reason for what was removed, what is kept for now, and what is unknown."""
     if "stages" in report:
         lines = [of_gc(stage) for stage in report["stages"].values()]
+        later = report.get("superseded_later", ())
+        lines += [f"  superseded, kept for now (the retention is not over): {', '.join(later)}"] if later else []
         return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
     done = "would remove" if report["dry_run"] else "removed"
-    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
+    lines = _of_compaction(report["compaction"]) if "compaction" in report else []
+    lines.append(f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}")
     for why in dict.fromkeys(item["why"] for item in report["garbage"]):
         items = [item for item in report["garbage"] if item["why"] == why]
         names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
@@ -195,6 +290,25 @@ def of_gc(report: Mapping[str, Any]) -> str:
         f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
     ]
     return "\n".join([*lines, *_left_alone(report, "not ours, left alone")])
+
+
+def _of_compaction(told: Mapping[str, Any]) -> list[str]:
+    """Return a line of what was written again, one for each part, and one of adopted tars that were not."""
+    done, parts = "would write" if told["dry_run"] else "wrote", told["parts"]
+    removed, size = (sum(part[name] for part in parts) for name in ("removed", "bytes"))
+    where = "" if told["dry_run"] or not parts else f" as generation {told['generation']}"
+    lines = [f"dataset {told['url']}: {done} {_count(len(parts), 'part')} again{where}, without {_count(removed, 'removed sample')}"]
+    lines += [
+        f"  {part['part']} -> {part['by'] or 'nothing is left'}, {part['live']:,} of {part['live'] + part['removed']:,}" for part in parts
+    ]
+    if parts:
+        lines.append(f"  the old files ({_size(size)}) stay for readers of older generations: see --retention and --keep-generations")
+    if told["adopted"]:
+        names = ", ".join(told["adopted"][:4]) + (", ..." if len(told["adopted"]) > 4 else "")
+        lines.append(f"  left: {_count(len(told['adopted']), 'part')} of adopted tars ({names}), which --copy copies")
+    if told["left_out"]:
+        lines.append(f"  left: {_count(len(told['left_out']), 'part')} with samples that come back when another of their content goes")
+    return lines
 
 
 def _left_alone(report: Mapping[str, Any], why: str) -> list[str]:

@@ -14,42 +14,79 @@ from pipelines.deploy import POOL
 
 VERBS = Verbs()
 URL = argument("url", "dataset, run, table, or a root of all three")
+FOLLOWS = (
+    argument("--checksum", "read all samples and compare their hashes, also where files look unchanged", action="store_true"),
+    argument("--accept-filter", "drop known samples that a changed filter of the source leaves out", action="store_true"),
+)
 
 
 @VERBS.register(
     "shard",
-    "write images, arrays or tars (or generated `sprites`) as a dataset, or append new samples to it",
-    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind; a word that is both means the kind, ./sprites the folder"),
-    argument("dataset", "dataset to create or append to"),
+    "write images, arrays, tars or datasets (or generated `sprites`) as a dataset, or make one that exists follow them",
+    argument(
+        "src",
+        "folder, .npz, .npy, idx or .tar file, one or several datasets, or a source kind; of a word that is both, ./sprites is the folder",
+        nargs="+",
+    ),
+    argument("dataset", "dataset to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
+    *FOLLOWS,
+    argument("--samples", "with --dry-run: also what so many samples of this kind would take (1e9)", metavar="N"),
     writes=True,
 )
 def _shard(args: Args) -> Result:
-    base = {"source": _source(args), "out": args.dataset}
-    return run_step.step("shard", args, base)
+    base = {"source": _source(args), "out": args.dataset, **_follows(args)}
+    if args.samples is None:
+        return run_step.step("shard", args, base)
+    if not args.dry_run:
+        raise ConfigError(f"--samples {args.samples} estimates and writes nothing: add --dry-run, or leave it out to write the dataset")
+    return run_step.step("shard", args, base, samples=_number(args.samples))
+
+
+def _number(text: str) -> int:
+    """Return the number of samples that a text gives; ConfigError if it is no whole number above 0."""
+    try:
+        number = float(text.replace("_", "").replace(",", ""))
+        if 1 <= number <= 1e15 and number.is_integer():
+            return int(number)
+    except ValueError:
+        pass
+    raise ConfigError(f"--samples is {text!r}, expected a whole number of samples such as 1000000 or 1e9")
 
 
 @VERBS.register(
     "adopt",
     "index external WebDataset tars in place, as a dataset; nothing is copied",
     argument("src", "folder of .tar files, one of them, or a pattern like 'shards/{00000..00009}.tar'"),
-    argument("dataset", "dataset (manifest and indexes) to create or append to"),
+    argument("dataset", "dataset (manifest and indexes) to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
+    *FOLLOWS,
     writes=True,
 )
 def _adopt(args: Args) -> Result:
-    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset}
+    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset, **_follows(args)}
     return run_step.step("adopt", args, base)
 
 
-def _source(args: Args) -> dict[str, Any]:  # any: plain values
-    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name."""
-    from aecore.data.sources._detect import detect_source
-    from aecore.registry import SOURCES
+def _follows(args: Args) -> dict[str, Any]:  # any: plain values
+    """Return the section that the flags of FOLLOWS set, if any is given."""
+    given = {name: True for name in ("checksum", "accept_filter") if getattr(args, name)}
+    return {"shards": given} if given else {}
 
-    word = args.src
+
+def _source(args: Args) -> dict[str, Any]:  # any: plain values
+    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name.
+
+    Not so for a kind that needs an address, if nothing gives one: `aepipe shard dataset OUT` reads the folder `dataset`.
+    """
+    from aecore.data.sources._detect import detect_source
+    from aecore.registry import SOURCES, field_types
+    from aecore.store import absolute_url
+
+    word = args.src[0] if len(args.src) == 1 else "::".join(absolute_url(word, "SRC") for word in args.src)
     if word.isidentifier():
-        if word in SOURCES.kinds():
+        given_url = args.recipe is not None or any(text.startswith("source.url=") for text in args.overrides)
+        if word in SOURCES.kinds() and (given_url or "url" not in field_types(SOURCES.spec_type(word)) or not os.path.exists(word)):
             return {"kind": word}
         if not os.path.exists(word):
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
@@ -77,12 +114,16 @@ def _train(args: Args) -> Result:
     "encode a dataset with a trained run into a latent table",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
-    argument("table", "table to create or extend"),
+    argument("table", "table to create, or to bring up to the newest generation of the dataset"),
+    argument("--add-columns", "columns of the dataset's index to add to a table that exists, such as source,width", metavar="NAMES"),
     argument("--recipe", "recipe whose encode and cluster sections are used"),
     writes=True,
 )
 def _encode(args: Args) -> Result:
-    return run_step.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table})
+    base: dict[str, Any] = {"run": args.run, "data": args.dataset, "out": args.table}  # any: plain values
+    if args.add_columns is not None:
+        base["encode"] = {"add_columns": [name.strip() for name in args.add_columns.split(",") if name.strip()]}
+    return run_step.step("encode", args, base)
 
 
 @VERBS.register(
@@ -156,12 +197,38 @@ def _submit(args: Args) -> Result:
     return run_step.submit(args)
 
 
-@VERBS.register("show", "show what is at a URL", URL, recipe=False)
+@VERBS.register(
+    "show",
+    "show what is at a URL",
+    URL,
+    argument(
+        "--files",
+        "of a table, or the newest one of a root: the paths of the Parquet files of its newest generation, one a line",
+        action="store_true",
+    ),
+    argument("--sql", "of a table: SQL for DuckDB that makes a view `latents` of these files", action="store_true"),
+    recipe=False,
+)
 def _show(args: Args) -> Result:
     from pipelines.cli import text
     from pipelines.steps import show
 
-    return Result(show.show(args.url), text.of_tree)
+    if args.files or args.sql:
+        return Result(show.table_files(args.url, sql=args.sql), text.of_files)
+    return Result(show.show(args.url), text.of_show)
+
+
+@VERBS.register(
+    "status",
+    "show which generation of the dataset the runs and tables of a pipeline belong to, and whether the newest is up to date",
+    argument("url", "root of a pipeline"),
+    recipe=False,
+)
+def _status(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import status
+
+    return Result(status.status(args.url), text.of_tree)
 
 
 @VERBS.register(
@@ -191,13 +258,14 @@ def _verify(args: Args) -> Result:
     "show how two runs, tables, datasets or roots differ",
     argument("a", "run, table, dataset, or a root of all three"),
     argument("b", "another one of the same kind"),
+    argument("--values", "of datasets: decode all samples, and compare them whatever files and keys they have", action="store_true"),
     recipe=False,
 )
 def _compare(args: Args) -> Result:
     from aecore.maintenance.compare import compare
     from pipelines.cli import text
 
-    return Result(compare(args.a, args.b), text.of_compare)
+    return Result(compare(args.a, args.b, values=args.values), text.of_compare)
 
 
 @VERBS.register(
@@ -205,6 +273,21 @@ def _compare(args: Args) -> Result:
     "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
     argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
+    argument(
+        "--keep-generations",
+        "of a table or dataset: keep the parts that these last generations name; of a root: so many last runs",
+        type=int,
+        default=2,
+        metavar="N",
+    ),
+    argument("--retention", "keep parts, or runs of a root, that were replaced or retired less than this ago, as 30d", default="7d"),
+    argument(
+        "--compact",
+        "first write shards of a dataset again of which more than this share was removed, for example 0.5 (0: all that lost samples)",
+        type=float,
+        metavar="SHARE",
+    ),
+    argument("--copy", "with --compact: also copy what is left of adopted tars into tars of the dataset", action="store_true"),
     argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,
@@ -213,7 +296,9 @@ def _gc(args: Args) -> Result:
     from pipelines.cli import text
     from pipelines.steps import gc
 
-    return Result(gc.gc(args.url, older_than=args.older_than, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
+    limits = {"older_than": args.older_than, "keep_generations": args.keep_generations, "retention": args.retention}
+    limits |= {"compact": args.compact, "copy": args.copy}
+    return Result(gc.gc(args.url, **limits, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
 
 
 @VERBS.register(

@@ -25,6 +25,7 @@ from pipelines.recipe.validate import MissingKey, build_spec
 from pipelines.recipe.yaml import Tree, apply_overrides, read_recipe
 
 if TYPE_CHECKING:
+    from aecore.data.about import AboutSpec
     from aecore.data.format.transform import TransformSpec
     from aecore.data.read.loader import InputSpec
     from aecore.data.read.pairs import PairSpec
@@ -101,6 +102,18 @@ class ClusterSpec:
 
 
 @spec
+class RefreshSpec:
+    """What a pipeline does with its model when its dataset has changed."""
+
+    policy: Literal["keep", "continue", "retrain"] = knob(
+        "keep",
+        "keep: the model that is there encodes the new generation too; continue: a new run starts from the weights of the last one; "
+        "retrain: a new run starts as the first one did. New runs and their tables are run-gNNNNNN/ and table-gNNNNNN/",
+        since=2,
+    )
+
+
+@spec
 class ScheduleSpec:
     """When `aepipe serve` runs the recipe."""
 
@@ -134,6 +147,7 @@ SECTIONS: dict[str, str | Registry] = {
     "source": SOURCES,
     "splits": "aecore.data.write.splits:SplitSpec",
     "shards": "aecore.data.write.spec:ShardSpec",
+    "about": "aecore.data.about:AboutSpec",
     "model": MODELS,
     "backbone": BACKBONES,
     "transform": "aecore.data.format.transform:TransformSpec",
@@ -147,6 +161,7 @@ SECTIONS: dict[str, str | Registry] = {
     "sample": "aecore.sampling:SampleSpec",
     "decode": "aecore.sampling:DecodeSpec",
     "cluster": "pipelines.recipe.recipe:ClusterSpec",
+    "refresh": "pipelines.recipe.recipe:RefreshSpec",
     "schedule": "pipelines.recipe.recipe:ScheduleSpec",
 }
 DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
@@ -162,6 +177,7 @@ class Recipe:
         source: Any
         splits: SplitSpec
         shards: ShardSpec
+        about: AboutSpec
         model: Any
         backbone: Any
         transform: TransformSpec
@@ -175,6 +191,7 @@ class Recipe:
         sample: SampleSpec
         decode: DecodeSpec
         cluster: ClusterSpec
+        refresh: RefreshSpec
         schedule: ScheduleSpec
 
     def __init__(self, tree: Mapping[str, Any]) -> None:

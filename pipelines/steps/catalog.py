@@ -27,7 +27,8 @@ def _section(name: str) -> Tree:
     """Return the purpose of a section, the verbs that read it, and its knobs; those of a model, backbone or source depend on its kind."""
     from pipelines.steps.steps import STEPS
 
-    parts, readers = SECTIONS[name], {"sample": ["sample"], "decode": ["decode"], "schedule": ["serve", "deploy"], "cluster": [*STEPS]}
+    of_verbs = {"sample": ["sample"], "decode": ["decode"], "refresh": ["run"], "schedule": ["serve", "deploy"]}
+    parts, readers = SECTIONS[name], {**of_verbs, "cluster": [*STEPS]}
     if isinstance(parts, Registry):
         section = {"about": f"kind and knobs of the {parts.noun}, see `aepipe list {name}s`", "knobs": {}}
     else:

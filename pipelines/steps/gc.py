@@ -1,6 +1,7 @@
-"""`aepipe gc`: removes the garbage of a dataset, run or table, or of all three below a root."""
+"""`aepipe gc`: removes the garbage of a dataset, run or table, or of all below a root, and there runs and tables that are superseded."""
 
 import re
+from typing import Any
 
 from aecore.artifact.kinds import detect_artifact
 from aecore.errors import ConfigError, DataError
@@ -18,24 +19,61 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
-    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files."""
-    from aecore.maintenance.gc import collect_garbage
+def gc(
+    url: str,
+    *,
+    older_than: str,
+    unfinished: bool,
+    dry_run: bool,
+    keep_generations: int = 2,
+    retention: str = "7d",
+    compact: float | None = None,
+    copy: bool = False,
+) -> Tree:
+    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files.
 
-    limit_s = seconds_of(older_than)
+    Of a root, the last `keep_generations` runs with their tables stay, and earlier ones whose successor is younger than `retention`.
+    With `compact`, before that the shards of a dataset of which more than this share is removed are written again without it.
+    """
+    from aecore.maintenance.gc import collect_garbage, superseded_folders
+
+    if copy and compact is None:
+        raise ConfigError("--copy says that adopted tars are compacted too: give --compact SHARE with it, for example --compact 0.5")
+
+    limits: dict[str, Any] = {  # any: arguments of `collect_garbage`
+        "older_than_s": seconds_of(older_than),
+        "keep_generations": keep_generations,
+        "retention_s": seconds_of(retention, "--retention"),
+        "unfinished": unfinished,
+        "dry_run": dry_run,
+    }
     store = open_store(url)
     found = detect_artifact(store)
+    compaction: Tree = {}
+    if compact is not None:
+        from aecore.data.write.compact import compact_dataset
+
+        if found is None or "dataset" not in (found.kind, *found.stages):
+            what = "nothing of this package" if found is None else found.name
+            raise ConfigError(
+                f"--compact writes shards of a dataset again, and {store.url} is {what}: give a dataset, or a root that has one"
+            )
+        dataset = store.url if found.kind == "dataset" else f"{store.url}/dataset"
+        compaction = {"compaction": compact_dataset(dataset, compact, copy=copy, dry_run=dry_run).to_dict()}
     if found is None or not found.stages:
-        return collect_garbage(store.url, older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run).to_dict()
+        return {**collect_garbage(store.url, **limits).to_dict(), **compaction}
+    superseded, later = superseded_folders(store.url, keep_generations=keep_generations, retention_s=limits["retention_s"])
+    present = [name for name in found.stages if name not in superseded]
     stages, damaged = {}, []
-    for name in found.stages:  # one that is damaged does not keep the others from being collected
-        try:
-            report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
-            stages[name] = report.to_dict()
+    for name in (*(name for name in superseded if detect_artifact(open_store(f"{store.url}/{name}"))), *present):
+        try:  # one that is damaged does not keep the others from being collected
+            report = collect_garbage(f"{store.url}/{name}", superseded=name in superseded, **limits)
+            stages[name] = {**report.to_dict(), **(compaction if name == "dataset" else {})}
         except DataError as error:
             damaged.append(str(error))
     if damaged:
         raise DataError("\n".join(damaged))
     total = {key: sum(stage[key] for stage in stages.values()) for key in ("files", "bytes")}
-    not_ours = [name for name in store.list() if name not in found.stages]
-    return {"kind": "root", "url": store.url, **total, "not_ours": not_ours, "dry_run": dry_run, "stages": stages}
+    not_ours = [name for name in store.list() if name not in stages]
+    facts = {"not_ours": not_ours, **({"superseded_later": later} if later else {}), "dry_run": dry_run}
+    return {"kind": "root", "url": store.url, **total, **facts, "stages": stages}

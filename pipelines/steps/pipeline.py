@@ -1,27 +1,36 @@
-"""The pipeline: shard, train, encode and evaluate under one root. A step of a pipeline is called a stage in names of functions."""
+"""The pipeline: shard, train, encode and evaluate under one root. A step of a pipeline is called a stage in names of functions.
 
+One run of it is a tick of a schedule: `refresh.py` decides what is trained, and with which model the dataset of today is encoded.
+"""
+
+import logging
 from collections.abc import Callable, Collection
 
 from aecore.errors import DataError
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
+from pipelines.steps.refresh import FIRST, Round, rounds
 from pipelines.steps.steps import STEPS, check_source, with_absolute_urls
 
 PIPELINE = "pipeline"  # its name, wherever the name of a step is expected
 RunStage = Callable[[str, Recipe], Tree]
+BEFORE = "unfinished-"  # of the names of steps that finish what an earlier tick began
+
+logger = logging.getLogger(__name__)
 
 
-def stage(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe of one step of a pipeline, whose `out` is a root that holds `dataset/`, `run/` and `table/`.
+def stage(recipe: Recipe, name: str, now: Round = FIRST) -> Recipe:
+    """Return the recipe of one step of a pipeline, whose `out` is a root that holds `dataset/`, and a run and a table for each round.
 
     A pipeline with `data` trains on that dataset and does not shard.
     """
     root, step = recipe.require("out"), STEPS[name]
     data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
-    made = {"dataset": data, "run": f"{root}/run", "table": f"{root}/table"}
+    made = {"dataset": data, "run": f"{root}/{now.run}", "table": f"{root}/{now.table}"}
     inputs = {key: made[kind] for key, kind in (("data", "dataset"), ("run", "run")) if key in step.addresses}
     unread = {"data", "run"} | ({"source"} - {*step.sections})
-    rest = {key: value for key, value in with_absolute_urls(recipe).items() if key not in unread}
+    tree = with_absolute_urls(recipe)
+    rest = {key: value for key, value in (now.recipe_of_run(tree) if name == "train" else tree).items() if key not in unread}
     return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
 
 
@@ -34,7 +43,7 @@ def sections_and_addresses(name: str, recipe: Recipe) -> tuple[list[str], list[s
         return list(STEPS[name].sections), list(STEPS[name].addresses)
     parts = [STEPS[stage] for stage in (*stages(recipe), "evaluate")]
     inside = [address for part in parts for address in part.addresses if "." in address]
-    return list(dict.fromkeys(section for part in parts for section in part.sections)), ["data", "out", *inside]
+    return list(dict.fromkeys([*(section for part in parts for section in part.sections), "refresh"])), ["data", "out", *inside]
 
 
 def check_pipeline(recipe: Recipe) -> None:
@@ -67,18 +76,25 @@ def stages(recipe: Recipe) -> list[str]:
 
 
 def run_stages(recipe: Recipe, run: RunStage) -> Tree:
-    """Run all steps of a pipeline with `run(name, recipe of the step)`, evaluate if the dataset has the split; return summaries by name."""
+    """Run all steps of a pipeline with `run(name, recipe of the step)`, evaluate if the dataset has the split; return summaries by name.
+
+    Steps that first finish what an earlier tick began are named with BEFORE.
+    """
     from aecore.data.dataset import open_dataset
 
     summaries: Tree = {}
-    last, missing = stage(recipe, "evaluate"), None
-    data = last.require("data")
-    for name in stages(recipe):
-        if name == "train":  # checked before hours of work
-            missing = missing_split(recipe, data, open_dataset(data).manifest.splits)
-        summaries[name] = run(name, stage(recipe, name))
-    skipped = {"step": "evaluate", "dataset": data, "not_evaluated": missing, "seconds": 0.0}
-    summaries["evaluate"] = run("evaluate", last) if missing is None else skipped
+    data = stage(recipe, "evaluate").require("data")
+    if "shard" in stages(recipe):
+        summaries["shard"] = run("shard", stage(recipe, "shard"))
+    missing = missing_split(recipe, data, open_dataset(data).manifest.splits)  # checked before hours of work
+    *before, last = rounds(recipe, data)
+    for each in (*before, last):
+        logger.info("%s: %s", f"{recipe.require('out')}/{each.run}", each.why)
+        for name in ("train", "encode", "evaluate"):
+            part = stage(recipe, name, each)
+            skipped = {"step": name, "dataset": data, "not_evaluated": missing, "seconds": 0.0}
+            done = skipped if name == "evaluate" and missing is not None else run(name, part)
+            summaries[name if each is last else f"{BEFORE}{name}"] = done
     return summaries
 
 

@@ -1,9 +1,11 @@
 """`aepipe show` and `aepipe verify`: any kind of artefact, or a root that holds several. Reads only."""
 
 import dataclasses
+from typing import Any
 
 from aecore.artifact.documents import CLAIM, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
+from aecore.artifact.root import folder_of, generation_of, stage_of
 from aecore.artifact.subset import VerifySubset, parse_subset
 from aecore.errors import ConfigError, DataError
 from aecore.store import Store, absolute_url, open_store
@@ -47,7 +49,19 @@ def _dataset(store: Store) -> Tree:
         "extensions": dict(manifest.sample.extensions),
         "class_names": list(manifest.classes),
         "identity": dict(manifest.identity),
+        "report": _report(dataset),
     }
+
+
+def _report(dataset: Any) -> Tree:
+    """Return the report of a generation, or the `state` of one that is missing or damaged: the next run of `shard` makes it again."""
+    from aecore.data.write.report import read_report
+
+    try:
+        report = read_report(dataset)
+    except DataError as error:
+        return {"state": f"damaged, the next run of aepipe shard makes it again: {error}"}
+    return {"state": "missing, the next run of aepipe shard makes it"} if report is None else report
 
 
 def _table(store: Store) -> Tree:
@@ -55,6 +69,21 @@ def _table(store: Store) -> Tree:
     from pipelines.steps.steps import table_summary
 
     return table_summary(open_table(store.url).manifest)
+
+
+def table_files(url: str, *, sql: bool = False) -> Tree:
+    """Return the `files` of the newest generation of the table at `url`, or with `sql` the `sql` of a view of them.
+
+    In a root it is its newest table. ConfigError if there is another kind of artefact.
+    """
+    from aecore.table.table import open_table
+
+    store = open_store(url)
+    found = located(store)
+    if found.kind != "table" and found.newest("table") is None:
+        raise ConfigError(f"{store.url} holds {found.name}: --files and --sql are of a latent table")
+    table = open_table(store.url)
+    return {"sql": table.sql()} if sql else {"files": table.files()}
 
 
 def _run(store: Store) -> Tree:
@@ -74,6 +103,8 @@ def _run(store: Store) -> Tree:
         "metrics": metrics or None,
         "checkpoints": [name for _, name in committed_checkpoints(store)],
         "data": claim["info"]["data"],
+        "dataset_generation": claim["info"].get("dataset_number"),
+        **({"init_from": claim["info"]["init_from"]} if "init_from" in claim["info"] else {}),
         "identity": claim["identity"],
     }
 
@@ -117,8 +148,8 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
 
     Without `read_data` names and sizes are checked, with it every byte against its sha256, with `subset` (`k/n`) those of the shards
     and parts of one slice; the small files of a run are always read. `dataset` is the current URL of the dataset of a table
-    (default: where it was encoded from; in a root: its own `dataset/`): each row is looked up in its indexes. The table of a root has
-    to belong to its run, if it has one. What is not complete is a problem as well.
+    (default: where it was encoded from; in a root: its own `dataset/`): each row is looked up in its indexes. A table of a root has
+    to belong to the run of the same suffix, if there is one. What is not complete is a problem as well.
 
     Raises
     ------
@@ -162,9 +193,11 @@ def _verify_root(store: Store, found: Artifact, read_data: bool, only: VerifySub
     problems = []
     for name, url in own.items():
         place = open_store(url)
-        data = (dataset if dataset is not None and name == "table" else own.get("dataset")) if name != "dataset" else None
+        stage = stage_of(name)
+        data = (dataset if dataset is not None and stage == "table" else own.get("dataset")) if stage != "dataset" else None
+        run = own.get(folder_of("run", generation_of(name))) if stage == "table" else None
         try:
-            stages[name] = _verify(place, located(place), read_data, only, data, own.get("run") if name == "table" else None)
+            stages[name] = _verify(place, located(place), read_data, only, data, run)
         except DataError as error:
             problems.append(str(error))
     if problems:  # one of the dataset may be met by the others as well
@@ -220,7 +253,7 @@ def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
     """ConfigError if there is no table to compare with `dataset`; checks that it exists, before data is read."""
     from aecore.data.dataset import open_dataset
 
-    if found.kind != "table" and "table" not in found.stages:
+    if found.kind != "table" and found.newest("table") is None:
         raise ConfigError(
             f"--dataset {dataset} names the dataset of a table, but {store.url} is a {found.kind} without a table: leave it out"
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aecore.artifact.documents import parse_json
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import absolute_url, open_store
 from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe, build_section
 from pipelines.recipe.yaml import Tree, value_at
@@ -49,10 +49,10 @@ class Step:
     addresses: tuple[str, ...]
     makes: Literal["dataset", "run", "table"] | None
 
-    def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False, **options: Any) -> Tree:  # any: of the step
         """Run the step, with absolute addresses since workers have another working directory."""
         reads = (*self.sections, *self.addresses, "cluster")
-        return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run)
+        return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run, **options)
 
 
 def urls_at(recipe: Recipe, addresses: Iterable[str]) -> dict[str, str]:
@@ -70,15 +70,16 @@ def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -
     return tree
 
 
-def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Write `source` as a dataset to `out`, or append its new samples."""
+def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False, samples: int | None = None) -> Tree:
+    """Write `source` as a dataset to `out`, or make the one that is there follow it. A dry run estimates what `samples` would take."""
     from aecore.data.write.job import shard_dataset
 
-    return _dataset("shard", shard_dataset, recipe, report, dry_run=dry_run)
+    make = shard_dataset if samples is None else functools.partial(shard_dataset, samples=samples)
+    return _dataset("shard", make, recipe, report, dry_run=dry_run)
 
 
 def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Index the tars of `source` in place, as the dataset `out`, or append the new ones."""
+    """Index the tars of `source` in place, as the dataset `out`, or make the one that is there follow them."""
     from aecore.data.write.job import adopt_shards
 
     return _dataset("adopt", adopt_shards, recipe, report, dry_run=dry_run)
@@ -99,9 +100,24 @@ def _dataset(name: str, make: Callable[..., Any], recipe: Recipe, report: Report
         fan_out=ray_fan_out(recipe.cluster, *urls_at(recipe, STEPS[name].addresses).values()),
         dry_run=dry_run,
         on_part=on_part(name, "shards", report, milestones=workers > 0),
+        about=recipe.about,
     )
-    facts = dataset_summary(made) if isinstance(made, DatasetManifest) else dataclasses.asdict(made)
+    if isinstance(made, DatasetManifest):
+        facts = {**dataset_summary(made), **_equal_content(out, made)}
+    else:
+        facts = {name: value for name, value in dataclasses.asdict(made).items() if name != "estimate" or value is not None}
     return {"step": name, "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+
+
+def _equal_content(out: str, made: Any) -> Tree:
+    """Return what the report of a generation says of equal content; nothing if it cannot be read: the log says why."""
+    from aecore.data.dataset import Dataset
+    from aecore.data.write.report import read_report
+
+    with contextlib.suppress(DataError, StoreError):  # the generation is committed, whatever happens here
+        report = read_report(Dataset(open_store(out), made)) or {}
+        return {name: report[name] for name in ("left_out", "duplicates", "leaks", "contradicting_labels") if name in report}
+    return {}
 
 
 def check_source(recipe: Recipe) -> None:
@@ -111,8 +127,13 @@ def check_source(recipe: Recipe) -> None:
 
 
 def dataset_summary(manifest: Any) -> Tree:
-    """Return the counts of a dataset manifest as plain JSON, with `bags` if its samples are in bags."""
+    """Return the counts of live samples of a dataset manifest as plain JSON.
+
+    With `bags` if they are in bags, and of a dataset that follows its source what was removed from its shards and their quarantine.
+    """
     bags = {split: manifest.num_groups(split) for split in manifest.splits}
+    removed = {split: sum(shard.samples - shard.live for shard in shards) for split, shards in manifest.splits.items()}
+    refused = sum(part.removed.quarantined for part in manifest.parts if part.removed is not None)
     return {
         "generation": manifest.number,
         "samples": {split: manifest.num_samples(split) for split in manifest.splits},
@@ -122,7 +143,11 @@ def dataset_summary(manifest: Any) -> Tree:
         "classes": len(manifest.classes),
         "quarantined": manifest.quarantined,
         "reasons": dict(manifest.reasons),
+        **({"removed": removed, "removed_quarantined": refused} if manifest.has_removed else {}),
+        **({} if manifest.removal is None else {"removal": manifest.removal}),
         "dataset_sha256": manifest.dataset_sha256,
+        **({} if manifest.content_sha256 is None else {"content_sha256": manifest.content_sha256}),
+        **({} if manifest.about is None else {"about": dict(manifest.about)}),
     }
 
 
@@ -281,13 +306,13 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
 STEPS: dict[str, Step] = {
     "shard": Step(
         run=shard,
-        sections=("source", "splits", "shards"),
+        sections=("source", "splits", "shards", "about"),
         addresses=("source.url", "out"),
         makes="dataset",
     ),
     "adopt": Step(
         run=adopt,
-        sections=("source", "splits", "shards"),
+        sections=("source", "splits", "shards", "about"),
         addresses=("source.url", "out"),
         makes="dataset",
     ),

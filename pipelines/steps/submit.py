@@ -38,7 +38,8 @@ def identity(name: str, recipe: Recipe) -> Tree:
     """Return what identifies a job, as plain JSON."""
     sections, _ = sections_and_addresses(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
-    return {"step": name, "addresses": _addresses(name, recipe), **specs}
+    known = {section: spec for section, spec in specs.items() if spec}  # a later section is left out at its defaults
+    return {"step": name, "addresses": _addresses(name, recipe), **known}
 
 
 def _addresses(name: str, recipe: Recipe) -> dict[str, str]:

@@ -68,7 +68,7 @@ def hashes(folder: Path, *, only: str = "**/*") -> dict[str, str]:
     found = {}
     for path in sorted(folder.glob(only)):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith((".tmp/", "records/", "checkpoints/", "metrics/", "tensorboard/")):
+        if path.is_file() and not name.startswith((".tmp/", "records/", "report/", "checkpoints/", "metrics/", "tensorboard/")):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -23,7 +23,7 @@ from tests.realdata import unpack as unpack_real
 from tests.s3 import S3
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(5400)]
-NOT_COMPARED = (".tmp/", "records/", "checkpoints/", "metrics/", "run.", "table.0")  # they hold times, addresses, names of attempts
+NOT_COMPARED = (".tmp/", "records/", "report/", "checkpoints/", "metrics/", "run.", "table.0")  # times, addresses, names of attempts
 
 
 def content(objects: dict[str, bytes]) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from aecore.checkpoint.weights import load_model
+from aecore.data.dataset import open_dataset
+from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -23,6 +26,8 @@ from aecore.training.loop import fit
 from aecore.training.metrics import epoch_means
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
+from tests.aecore.data.test_living import V1
+from tests.aecore.data.tiny import encoded
 from tests.aecore.encoding import encode, folder_dataset, image_folder, model_config, saved_run
 from tests.aecore.training import losses, small_job, sprites_dataset
 
@@ -223,3 +228,97 @@ def test_without_validation_the_best_epoch_is_that_of_the_highest_elbo(sweep, tm
     epochs = epoch_means(losses(run))
     best = compare(run, run)["best"]
     assert best["elbo"]["a"] == max(epoch["elbo"] for epoch in epochs)
+
+
+class TestContentAndValues:
+    IMAGES = np.random.default_rng(5).integers(0, 255, (12, 7, 9), dtype=np.uint8)
+
+    @staticmethod
+    def shard(source, out, **options):
+        shard_dataset(source, str(out), options.pop("splits", None), ShardSpec(max_bad=1.0, **options))
+        return str(out)
+
+    def folder(self, root, images=None, name="{label}/{number}.png", format="PNG"):
+        for number, each in enumerate(self.IMAGES if images is None else images):
+            path = root / name.format(label=number % 3, number=number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(each, format))
+        return FolderSpec(url=str(root))
+
+    def idx(self, root):
+        root.mkdir()
+        labels = (np.arange(len(self.IMAGES)) % 3).astype(np.uint8)
+        for name, values, kind in (("images-idx3-ubyte", self.IMAGES, 3), ("labels-idx1-ubyte", labels, 1)):
+            sides = b"".join(side.to_bytes(4, "big") for side in values.shape)
+            (root / f"train-{name}").write_bytes(bytes([0, 0, 8, kind]) + sides + values.tobytes())
+        return ArraysSpec(url=str(root))
+
+    def test_first_keys_of_what_differs_are_named_by_kind(self, tmp_path):
+        a = self.shard(self.folder(tmp_path / "src"), tmp_path / "a")
+        root = tmp_path / "src"
+        (root / "0/0.png").unlink()
+        (root / "1/1.png").write_bytes((root / "2/2.png").read_bytes())
+        (root / "0/new.png").write_bytes((root / "2/2.png").read_bytes())
+        b = self.shard(FolderSpec(url=str(root)), tmp_path / "b")
+        found = compare(a, b)
+        assert {name: each["first"] for name, each in found["differences"].items() if each["samples"]} == {
+            "added": ["0/new"],
+            "removed": ["0/0"],
+            "changed": ["1/1"],
+        }
+        assert found["content_sha256"] == [open_dataset(a).manifest.content_sha256, open_dataset(b).manifest.content_sha256]
+        assert found["same_content"] is False
+        again = compare(a, self.shard(FolderSpec(url=str(root)), tmp_path / "c", max_samples=2))
+        assert again["differences"] == found["differences"], "whatever shards they are in"
+
+    def test_a_changed_column_is_another_content(self, tmp_path):
+        for name, value in (("a", 1), ("b", 2)):
+            np.savez(tmp_path / f"{name}.npz", x=self.IMAGES, factor_x=np.full(12, value))
+        urls = []
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            (tmp_path / f"{name}.npz").rename(tmp_path / name / "data.npz")
+            urls.append(self.shard(ArraysSpec(url=str(tmp_path / name / "data.npz")), tmp_path / f"{name}-out"))
+        found = compare(*urls)
+        assert found["same_content"] == (open_dataset(urls[0]).manifest.content_sha256 == open_dataset(urls[1]).manifest.content_sha256)
+        assert bool(found["differences"]["changed_columns"]["samples"]) != found["same_content"]
+
+    def test_datasets_of_before_are_compared_by_content_too(self, tmp_path):
+        shutil.copytree(V1 / "dataset", tmp_path / "old")
+        found = compare(str(tmp_path / "old"), str(tmp_path / "old"))
+        assert found["same_content"] and len(found["content_sha256"][0]) == 64
+
+    def test_png_npz_and_idx_of_the_same_images_have_one_hash_of_values(self, tmp_path):
+        np.savez(tmp_path / "data.npz", x=self.IMAGES, y=np.arange(12) % 3)
+        urls = [
+            self.shard(self.folder(tmp_path / "png"), tmp_path / "of-png"),
+            self.shard(ArraysSpec(url=str(tmp_path / "data.npz")), tmp_path / "of-npz", max_samples=5),
+            self.shard(self.idx(tmp_path / "idx"), tmp_path / "of-idx"),
+            self.shard(self.folder(tmp_path / "tif", name="{label}/x{number}.tif", format="TIFF"), tmp_path / "of-tif"),
+        ]
+        for other in urls[1:]:
+            found = compare(urls[0], other, values=True)
+            assert found["same_values"], other
+            assert not found["same_content"]
+            assert found["samples_compared_by_bytes"] == [0, 0]
+        changed = self.IMAGES.copy()
+        changed[3, 0, 0] ^= 1
+        other = self.shard(self.folder(tmp_path / "png2", changed), tmp_path / "of-png2")
+        assert not compare(urls[0], other, values=True)["same_values"]
+
+    def test_labels_splits_and_repetitions_count(self, tmp_path):
+        one = self.shard(self.folder(tmp_path / "a"), tmp_path / "a-out")
+        relabelled = self.shard(self.folder(tmp_path / "b", name="z{label}/{number}.png"), tmp_path / "b-out")
+        split = self.shard(self.folder(tmp_path / "c", name="val/{label}/{number}.png"), tmp_path / "c-out")
+        twice = self.shard(self.folder(tmp_path / "d", np.concatenate([self.IMAGES, self.IMAGES[:3]])), tmp_path / "d-out")
+        assert not any(compare(one, other, values=True)["same_values"] for other in (relabelled, split, twice))
+        jpegs = []
+        for name in "ef":
+            source = self.folder(tmp_path / name, name="{label}/" + name + "{number}.jpg", format="JPEG")
+            jpegs.append(self.shard(source, tmp_path / f"{name}-out"))
+        found = compare(*jpegs, values=True)
+        assert found["same_values"] and found["samples_compared_by_bytes"] == [12, 12]
+
+    def test_only_datasets_have_values(self, places):
+        with pytest.raises(ConfigError, match="leave --values out"):
+            compare(str(places / "a/table"), str(places / "b/table"), values=True)

@@ -96,7 +96,9 @@ def test_index_metadata_passes_through_and_byte_facts_stay_behind(tmp_path: Path
     for name in ("ordinal", "label", "label_name", "factor_scale", "factor_x"):
         assert table.arrow(name).to_pylist() == [value for index in indexes for value in index[name].to_pylist()], name
     assert table.arrow("shard").to_pylist() == [shard.stem for shard in dataset.manifest.shards for _ in range(shard.samples)]
-    assert not {"source", "sha256", "members", "width", "height", "mode"} & set(table.columns)
+    plain = encode(run, data, tmp_path / "plain", EncodeSpec(batch=16, columns=("metadata",)))
+    assert not {"source", "sha256", "sample_sha256", "members", "width", "height", "mode"} & set(plain.columns)
+    assert "index_columns" not in plain.manifest.identity, "as tables of before"
 
 
 def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: str) -> None:
@@ -308,14 +310,22 @@ def test_a_damaged_shard_fails_its_part_and_keeps_the_others(tmp_path: Path, run
     verify_table(table, read_data=True, dataset_url=data)
 
 
-def test_sampled_latents_follow_from_seed_shard_and_batch(tmp_path: Path, data: str, run: str) -> None:
+def test_sampled_latents_follow_from_seed_key_and_sample(tmp_path: Path, data: str, run: str) -> None:
     table = encode(run, data, tmp_path / "table", EncodeSpec(batch=16, sample=True, seed=5))
+    mu, log_var, z = (table.numpy(name) for name in ("mu", "log_var", "z"))
+    samples = zip(table.keys.to_pylist(), table.arrow("sample_sha256").to_pylist(), strict=True)
+    eps = torch.cat([step_noise(seed_of("encode", 5, key, sha256), 0, (1, DIM)) for key, sha256 in samples])
+    np.testing.assert_allclose(z, mu + np.exp(log_var / 2) * eps.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_latents_of_a_table_of_before_follow_from_seed_shard_and_batch(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table", EncodeSpec(batch=16, sample=True, seed=5, bits=1))
     part = table.parts[0]
     mu, log_var, z = (table.numpy(name)[: part.rows] for name in ("mu", "log_var", "z"))
     cuts = [(number, min(16, part.rows - 16 * number)) for number in range(-(-part.rows // 16))]
     eps = torch.cat([step_noise(seed_of("encode", 5, part.shard_sha256), number, (rows, 1, DIM)) for number, rows in cuts]).squeeze(1)
     np.testing.assert_allclose(z, mu + np.exp(log_var / 2) * eps.numpy(), rtol=1e-5)
-    other = encode(run, data, tmp_path / "other", EncodeSpec(batch=16, sample=True, seed=6))
+    other = encode(run, data, tmp_path / "other", EncodeSpec(batch=16, sample=True, seed=6, bits=1))
     assert np.array_equal(other.numpy("mu"), table.numpy("mu"))
     assert not np.array_equal(other.numpy("z"), table.numpy("z"))
 
@@ -552,7 +562,7 @@ def test_a_record_that_another_attempt_wrote_meanwhile_is_checked_too(
     def late(store: Any, record: PartRecord) -> PartRecord:
         return dataclasses.replace(record, detail={**record.detail, "shard_sha256": "0" * 64})
 
-    monkeypatch.setattr("aecore.encoding.worker.write_record", late)
+    monkeypatch.setattr("aecore.encoding.writer.write_record", late)
     with pytest.raises(ConfigError, match="parts of another dataset"):
         plan.make_worker()(plan.tasks[0])()
 

@@ -1,5 +1,6 @@
 """Sequences of many lengths through fit, evaluate and encode: any number of ranks, any batch, and what is refused before the run begins."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from aecore._base import Batch
+from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.weights import load_model
 from aecore.data.format.transform import TransformSpec
 from aecore.encoding.job import EncodeSpec
@@ -15,11 +17,12 @@ from aecore.errors import ConfigError, DataError
 from aecore.evaluate import evaluate_run
 from aecore.nn.hybrid import HybridSpec
 from aecore.nn.recurrent import RecurrentSpec
+from aecore.table.verify import verify_table
 from aecore.training.loop import TrainJob, fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import RecurrentVAESpec, VAESpec
 from tests.aecore.data.sequences import VOCAB, dataset_of, sentence, wave
-from tests.aecore.encoding import encode
+from tests.aecore.encoding import encode, saved_run
 from tests.aecore.training import fit_on, losses, small_job
 
 TERMS = ("loss", "elbo", "log_likelihood", "kl_divergence", "samples")
@@ -88,6 +91,59 @@ def test_the_table_has_the_latents_that_each_sequence_has_alone(waves: str, trai
         assert row["length"] == x.shape[1]
         np.testing.assert_allclose(row["mu"], model.latents(alone)["mu"][0].numpy(), atol=1e-5)
         assert row["recon_error"] == pytest.approx((model.reconstruct(alone) - x).square().mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["length > 6", "length = 3", "label_name = 'train/1'", "length < 10 and label_name = 'train/2'"])
+def test_the_bits_of_a_sequence_depend_on_no_other_sequence(waves: str, trained: str, tmp_path: Path, where: str) -> None:
+    spec = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True)
+    chosen = dataclasses.replace(spec, where=where)
+    tables = [encode(trained, waves, tmp_path / "whole", spec), encode(trained, waves, tmp_path / "some", chosen)]
+    whole, some = ({row["key"]: row for row in table.dataset().to_table().to_pylist()} for table in tables)
+    assert 0 < len(some) < len(whole) == 70 and some == {key: whole[key] for key in some}
+    for table in tables:  # rows are in the order of the index
+        verify_table(table, read_data=True, dataset_url=waves)
+
+
+def frames(number: int) -> Any:
+    """A video `[T, 1, 8, 8]` of 1 to 12 frames."""
+    return np.repeat(wave(number)[:, :1, None, None], 64, 2).reshape(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "backbone"),
+    [
+        (wave, RecurrentVAESpec(latent_dim=3), RecurrentSpec(width=16, cell="lstm", layers=2, norm="layer")),
+        (sentence, RecurrentVAESpec(latent_dim=3, likelihood="categorical", num_levels=VOCAB), RecurrentSpec(width=16)),
+        (frames, RecurrentVAESpec(latent_dim=3), HybridSpec(channels=(4,), width=16)),
+    ],
+    ids=["lstm", "tokens", "video"],
+)
+def test_the_bits_of_every_kind_of_sequence_depend_on_no_other(tmp_path: Path, make: Any, model: Any, backbone: Any) -> None:
+    samples = [make(number) for number in range(50)]
+    data = dataset_of(tmp_path, samples, max_samples=40)
+    shape = (0, *samples[0].shape[1:])
+    run = saved_run(tmp_path / "run", ModelConfig(model, backbone, IDS, shape))
+    spec = EncodeSpec(batch=16, reconstruction=True)
+    found = [
+        encode(run, data.url, tmp_path / name, dataclasses.replace(spec, where=where))
+        for name, where in (("a", ""), ("b", "length in (3, 4, 9)"))
+    ]
+    whole, some = ({row["key"]: row for row in table.dataset().to_table().to_pylist()} for table in found)
+    assert 0 < len(some) < len(whole) == 50 and some == {key: whole[key] for key in some}
+
+
+def test_a_sequence_has_the_bits_that_it_has_in_a_dataset_of_one_length(trained: str, tmp_path: Path) -> None:
+    """What a dataset holds besides decides whether batches have lengths, and how long they are."""
+    samples, spec = [wave(number) for number in range(40)], EncodeSpec(batch=16, reconstruction=True)
+    whole = encode(trained, dataset_of(tmp_path / "all", samples).url, tmp_path / "whole", spec)
+    known = {row["key"]: row for row in whole.dataset().to_table().to_pylist()}
+    of_five = [number for number, sample in enumerate(samples) if len(sample) == 5]
+    same = dataset_of(tmp_path / "five", [samples[number] for number in of_five])
+    assert len(of_five) > 1 and same.input_shape() == (5, 2)
+    for row in encode(trained, same.url, tmp_path / "table", spec).dataset().to_table().to_pylist():
+        number = of_five[int(row["key"].rpartition("/")[2])]
+        other = known[f"train/{number % 3}/{number:04d}"]
+        assert (row["mu"], row["recon_error"]) == (other["mu"], other["recon_error"])
 
 
 def test_a_model_of_many_lengths_encodes_sequences_of_one(trained: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     make chaos ARGS="seconds=600 seed=7 store=local"      # or store=s3; round=13 repeats one round of that seed
     make chaos ARGS="flips count=1000 seed=7"             # one bit of each file after the other (`flips.py`)
     make chaos ARGS="inputs count=1000 seed=7"            # damaged, forged and hostile files (`inputs.py`)
+    make histories ARGS="count=500 seed=1 store=local"    # sources that live, and what follows them (`histories.py`)
     make chaos ARGS="ray_data kills=12"                   # another thing: encoding beside Ray Data's, under the same kills (`ray_data.py`)
 
 A round takes one command (shard, an append to it, train, encode, encode after the append, the whole pipeline) and one class of faults

@@ -21,7 +21,7 @@ from tests.chaos.work import PIPELINE, WORKS, Work
 DEFAULTS = {"seconds": "60", "seed": "0", "store": "local", "round": ""}
 TRIED = 4  # times a class is played that injected nothing
 LONG_S = 300  # a session of that many seconds also runs the pipeline, whose server takes its time to start
-OTHERS = ("flips", "inputs", "ray_data")  # modules with a command of their own
+OTHERS = ("flips", "histories", "inputs", "ray_data")  # modules with a command of their own
 COLUMNS = ("rounds", "injected", "noticed", "lost", "doubled", "wrong", "hung", "unexplained")
 
 

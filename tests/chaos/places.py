@@ -1,6 +1,7 @@
 """Where the artefacts of the rounds are: a folder, or a bucket behind a proxy. Both can copy, count progress, and change a stored bit."""
 
 import contextlib
+import hashlib
 import os
 import random
 import shutil
@@ -26,6 +27,47 @@ class Local:
 
     def images(self, name: str, folder: Path) -> None:
         shutil.copytree(folder, self.root / name)
+
+    def write(self, name: str, data: bytes, *, same_mtime: bool = False, new_inode: bool = False) -> None:
+        """Write a file of a source; in place unless it gets a `new_inode`, with the modification time that it had if `same_mtime`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.stat() if path.exists() else None
+        if new_inode:
+            spare = path.with_name(f".{path.name}.new")
+            spare.write_bytes(data)
+            spare.replace(path)
+        else:
+            path.write_bytes(data)
+        if same_mtime and before is not None:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def remove(self, name: str) -> None:
+        """Remove a file, and its folder if that is empty then."""
+        path = self.root / name
+        path.unlink()
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+    def rename(self, name: str, to: str) -> None:
+        """Rename a file, or a folder."""
+        (self.root / to).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).replace(self.root / to)
+
+    def touch(self, name: str) -> None:
+        os.utime(self.root / name)
+
+    def stamps(self, name: str) -> dict[str, tuple[object, ...]]:
+        """Return what tells whether a file below `name` was written again: inode, time and hash of each."""
+        found = dict[str, tuple[object, ...]]()
+        for file in self.names(name):
+            with contextlib.suppress(FileNotFoundError):  # staged by a process that goes on
+                state = (self.root / file).stat()
+                found[file.removeprefix(f"{name}/")] = (state.st_ino, state.st_mtime_ns, hashlib.sha256(self.read(file)).hexdigest())
+        return found
 
     def copy(self, name: str, to: str) -> None:
         shutil.copytree(self.root / name, self.root / to, dirs_exist_ok=True)
@@ -85,6 +127,36 @@ class Bucket:
 
     def _put(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
         self.s3.raw.put_object(Bucket=self.s3.bucket, Key=name, Body=data, Metadata=metadata)
+
+    def write(self, name: str, data: bytes, *, same_mtime: bool = False, new_inode: bool = False) -> None:
+        """Write an object of a source."""
+        self.s3.raw.put_object(Bucket=self.s3.bucket, Key=name, Body=data)
+
+    def read(self, name: str) -> bytes:
+        data: bytes = self.s3.raw.get_object(Bucket=self.s3.bucket, Key=name)["Body"].read()
+        return data
+
+    def remove(self, name: str) -> None:
+        self.s3.raw.delete_object(Bucket=self.s3.bucket, Key=name)
+
+    def rename(self, name: str, to: str) -> None:
+        """Copy an object, or all below a prefix, and remove what was copied."""
+        names = [found for found in self.names(name) if found] or [name]
+        for found in names:
+            self.write(to + found.removeprefix(name), self.read(found))
+            self.remove(found)
+
+    def touch(self, name: str) -> None:
+        self.write(name, self.read(name))
+
+    def stamps(self, name: str) -> dict[str, tuple[object, ...]]:
+        """Return what tells whether an object below `name` was written again: ETag, time and size of each."""
+        pages = self.s3.raw.get_paginator("list_objects_v2").paginate(Bucket=self.s3.bucket, Prefix=f"{name}/")
+        return {
+            entry["Key"].removeprefix(f"{name}/"): (entry["ETag"], entry["LastModified"], entry["Size"])
+            for page in pages
+            for entry in page.get("Contents", ())
+        }
 
     def copy(self, name: str, to: str) -> None:
         def copy(found: str) -> None:

@@ -35,6 +35,7 @@ from tests.chaos.work import (
 from tests.processes import AEPIPE, Started, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SETTLED_S = 4.1  # until files, and objects, whose times are whole seconds, have states: the same in every round's listings
 HANG_S = 240.0  # of a command that takes some seconds where nothing else runs; the pipeline starts a server
 CALLER = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "RAY_ADDRESS", "AECORE_FAULT")
 
@@ -102,8 +103,9 @@ class Bench:
         """Write data, recipe and library, and run the commands without faults."""
         run(["cc", "-shared", "-fPIC", "-O1", "-o", self.library, ROOT / "tests/chaos/faults.c", "-ldl"], check=True)
         for name, count in NUM_IMAGES.items():
-            write_images(self.base / f"images-{name}", count)
+            write_images(self.base / f"images-{name}", count, later=name == "two")
             self.place.images(f"images-{name}", self.base / f"images-{name}")
+        time.sleep(SETTLED_S)
         self.recipe.write_text(RECIPE.format(images=self.place.url("images-one")))
         self.logs.mkdir()
         for work in works:

@@ -24,10 +24,11 @@ from aecore.training.metrics import read_rows
 Rows = list[tuple[str, str]]  # key, value: every key once
 MANIFEST_ROW = "the manifest"  # key of the row that is the hash of a dataset's manifest
 FILTERED = 16  # one key of so many is asked for by a filter
-NUM_IMAGES = {"one": 96, "two": 140}  # of the first generation, and of both
+NUM_IMAGES = {"one": 96, "two": 140}  # of the source of the first generation, and of that of the second
+GONE, CHANGED = 6, 4  # images of the first generation that the second source lacks, and that have other pixels there
 RECIPE = """\
 name: chaos
-source: {{kind: folder, url: {images}}}
+source: {{kind: folder, url: {images}, name: images}}
 splits: {{by: hash, test: 0.2}}
 shards: {{max_samples: 16}}
 model: {{kind: vae, latent_dim: 4, likelihood: bernoulli}}
@@ -74,8 +75,8 @@ WORKS = (  # in the order in which each finds what it needs
     Work("shard", ("dataset",), None, "one", _SHARD, _shard("one")),
     Work("train", ("run",), None, "one", _TRAIN, _train),
     Work("encode", ("table",), None, "one", _ENCODE, _encode("one")),
-    Work("append", ("dataset",), "one", "two", _SHARD, _shard("two")),
-    Work("encode-append", ("table",), "one", "two", _ENCODE, _encode("two")),
+    Work("follow", ("dataset",), "one", "two", (*_SHARD, "removal"), _shard("two")),
+    Work("encode-follow", ("table",), "one", "two", _ENCODE, _encode("two")),
 )
 PIPELINE = Work(
     "pipeline",
@@ -87,14 +88,17 @@ PIPELINE = Work(
 )
 
 
-def write_images(folder: Path, count: int) -> None:
-    """Write the first `count` of an even choice of sprites; a larger choice has all of a smaller one."""
+def write_images(folder: Path, count: int, *, later: bool = False) -> None:
+    """Write the first `count` of an even choice of sprites; `later`, the first ones are gone, and some after these are other sprites."""
     source = SpritesSource(SpritesSpec())
     names = sorted(source.listing().keys, key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in names[:count]:
+    pixels = dict(zip(names, names[GONE:] if later else names, strict=False))
+    for number, name in enumerate(names[:count]):
+        if later and number < GONE:
+            continue
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source.read(name)[1])
+        path.write_bytes(source.read(pixels[name] if number < GONE + CHANGED else name)[1])
 
 
 def rows_of(kind: str, url: str) -> Rows:
@@ -108,7 +112,7 @@ def rows_of(kind: str, url: str) -> Rows:
 def _samples(url: str) -> Rows:
     dataset, rows = open_dataset(url), Rows()
     for shard in dataset.manifest.shards:
-        index = dataset.reader(shard).index
+        index = dataset.index(shard)
         for key, ordinal, sha256 in zip(*(index[name].to_pylist() for name in ("key", "ordinal", "sha256")), strict=True):
             rows.append((key, f"{shard.split} {ordinal} {sha256}"))
     number = newest_number(dataset.store, "dataset")

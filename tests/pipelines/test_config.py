@@ -72,7 +72,7 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("batch_size=32", r"unknown key 'batch_size': did you mean .*train.global_batch or"),
         ("nets.hidden=[1]", r"unknown key 'nets.hidden': did you mean backbone.hidden\?"),
         ("outt=x", r"unknown key 'outt': did you mean out\?"),
-        ("zzz=1", r"unknown key 'zzz' \(known: backbone, "),
+        ("zzz=1", r"unknown key 'zzz' \(known: about, backbone, "),
         (
             "backbone={kind: mlp, hidden: [128}",
             r"(?s)the value of backbone is not valid YAML: .*expected ',' or '\]', but got '\}'",

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import pytest
 
 from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset, read_listings
-from aecore.data.format.index import content_sha256, table_bytes
+from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, table_bytes
 from aecore.data.format.parquet import footer_sha256
-from aecore.data.manifest import content_sha256 as dataset_sha256
+from aecore.data.manifest import shards_sha256 as dataset_sha256
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.write.job import shard_dataset
@@ -30,6 +31,7 @@ from aecore.training.loop import fit
 from aecore.training.verify import verify_run
 from pipelines.cli.main import main as aepipe
 from pipelines.steps.show import show
+from tests.aecore.data.removals import live_keys, remove
 from tests.aecore.encoding import image_folder, undecodable_png
 from tests.aecore.training import small_job
 from tests.documents import content, rewrite
@@ -41,7 +43,8 @@ INDEX = "shards/train-000000.parquet"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset and a table of two generations with a sample in quarantine each, a run of the first; and a dataset split by hash."""
+    """A dataset and a table of two generations with a sample in quarantine each, a run of the first; a copy of the dataset from which two
+    more generations removed samples; and a dataset split by hash."""
     root = tmp_path_factory.mktemp("forged")
     images = root / "images"
 
@@ -60,6 +63,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (image_folder(images, "train", range(2, 80, 14)) / "train/square/white.png").write_bytes(undecodable_png())
     shard()
     encode()
+    shutil.copytree(root / "dataset", root / "living")
+    first = live_keys(open_dataset(str(root / "living")))
+    remove(root / "living", {first[1]: "gone", first[2]: "changed", first[-1]: "gone", "train/square/broken": "retried"})
+    remove(root / "living", {first[0]: "relabelled", "train/square/white": "gone"})
     shard_dataset(SpritesSpec(positions=2), str(root / "hashed"), SplitSpec(by="hash", test=0.3), ShardSpec(max_samples=20))
     return root
 
@@ -86,7 +93,7 @@ def output_of(made: Path, capsys: pytest.CaptureFixture[str]) -> Output:
     return run
 
 
-@pytest.mark.parametrize("stage", ["dataset", "hashed", "run", "table", "."])
+@pytest.mark.parametrize("stage", ["dataset", "living", "hashed", "run", "table", "."])
 def test_what_was_written_has_no_problems(made: Path, output_of: Output, stage: str) -> None:
     assert output_of(made, stage) == ""
 
@@ -114,8 +121,9 @@ def settle(folder: Path) -> None:
             if file.exists():
                 ref |= {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         if path.parent.name == "records" and "content_sha256" in data["detail"]:
-            index = folder / f"shards/{data['part']}.parquet"
-            data["detail"]["content_sha256"] = content_sha256(pq.read_table(index, partitioning=None))
+            removal = folder / f"removed/{data['part']}.parquet"
+            rows = removal if removal.exists() else folder / f"shards/{data['part']}.parquet"
+            data["detail"]["content_sha256"] = content_sha256(pq.read_table(rows, partitioning=None))
         for part in [part for part in data.get("parts", ()) if "footer_sha256" in part]:
             part["footer_sha256"] = footer_of_part(folder, part["stem"])
         if path.parent.name == "records" and "footer_sha256" in data["detail"]:
@@ -131,14 +139,22 @@ def footer_of_part(folder: Path, stem: str) -> str:
         return footer_sha256(file)
 
 
+def _hashed(shard: dict[str, Any]) -> dict[str, Any]:
+    """Return what the hash of a dataset is made of."""
+    removed = SimpleNamespace(**shard["removed"]) if "removed" in shard else None
+    return {**shard, "tar": FileRef(**shard["tar"]), "removed": removed}
+
+
 def _settle_manifests(folder: Path, claims: dict[str, str]) -> None:
     parent = None
     for path in sorted(folder.glob("dataset.0*.json")):
         data = content(path)
         for shard in data["shards"]:
             shard["index_content_sha256"] = content_sha256(pq.read_table(folder / shard["index"]["name"], partitioning=None))
+        for removed in [part["removed"] for part in (*data["shards"], *data["rejected"]) if "removed" in part]:
+            removed["content_sha256"] = content_sha256(pq.read_table(folder / removed["file"]["name"], partitioning=None))
         shards = [
-            type("Shard", (), {**shard, "tar": FileRef(**shard["tar"])})  # what the hash is made of
+            SimpleNamespace(**_hashed(shard))
             for name in dict.fromkeys(["train", "val", "test", *(shard["split"] for shard in data["shards"])])
             for shard in data["shards"]
             if shard["split"] == name
@@ -302,7 +318,52 @@ def other_refused(folder: Path) -> None:
     settle(folder)
 
 
-FIRST, SECOND = "dataset.000001.json", "dataset.000002.json"
+def other_removed(name: str) -> Change:
+    """Return a forgery that removes another sample of a part in the place of one that was removed."""
+
+    def apply(folder: Path) -> None:
+        path = folder / name
+        known, index = pq.read_table(path, partitioning=None), pq.read_table(folder / INDEX, partitioning=None)
+        gone = known["ordinal"].to_pylist()
+        row = [row for row in index.select(["ordinal", "key"]).to_pylist() if row["ordinal"] not in gone][-1]
+        rows = [{**row, "reason": "gone"}, *(each for each in known.to_pylist() if each["key"] not in unrefused(index, known)[:1])]
+        rows.sort(key=lambda row: row["ordinal"])
+        path.write_bytes(
+            table_bytes(pa.Table.from_pylist(rows, known.schema.remove_metadata()), json.loads(known.schema.metadata[b"aecore"]))
+        )
+        settle(folder)
+
+    return apply
+
+
+def unrefused(index: pa.Table, removed: pa.Table) -> list[str]:
+    keys = set(index["key"].to_pylist())
+    return [key for key in removed["key"].to_pylist() if key in keys]
+
+
+def listed_again(name: str, value: Any) -> Change:
+    """Return a forgery that lists a live sample again with another value."""
+
+    def apply(folder: Path) -> None:
+        dataset = open_dataset(str(folder))
+        shard = dataset.manifest.split("train")[0]
+        row = dataset.index(shard).to_pylist()[0]
+        known = {
+            "split": "train",
+            "quarantined": False,
+            "sample_sha256": row["sha256"],
+            **{key: row[key] for key in LEDGER_SCHEMA.names if key in row},
+        }
+        path = folder / "listings/000004.parquet"
+        path.write_bytes(table_bytes(pa.Table.from_pylist([{**known, name: value}], LEDGER_SCHEMA), {"claim": 4}))
+        settle(folder)
+
+    return apply
+
+
+FIRST, SECOND, LAST = "dataset.000001.json", "dataset.000002.json", "dataset.000004.json"
+BEFORE, REMOVED = "removed/train-000000-g000003.parquet", "removed/train-000000-g000004.parquet"
+REMOVAL = "records/train-000000-g000004.json"
 CLAIM, RECORD = "run.000001.json", "records/train-000000.json"
 DATASETS, TABLES, CLAIMS, CHECKPOINTS = "dataset.0*.json", "table.0*.json", "run.0*.json", "**/checkpoint.json"
 
@@ -409,6 +470,63 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
             "quarantine/",
             "compressed with GZIP",
         ),
+    },
+    "living": {
+        "samples": (edited(LAST, put("shards.0.removed.samples", 1)), LAST, "statistics are not those of its parts"),
+        "samples for refused": (
+            edited(LAST, both(put("shards.0.removed.samples", 4), put("shards.0.removed.quarantined", 0))),
+            LAST,
+            "quarantined is 0, its parts have 1",
+        ),
+        "classes": (edited(LAST, put("statistics.train.classes", moved)), LAST, "does not follow from its parts and its parent"),
+        "classes of before": (
+            edited("dataset.000003.json", put("statistics.train.classes", moved)),
+            "dataset.000003.json",
+            "does not follow",
+        ),
+        "classes of a record": (edited(REMOVAL, put("detail.classes", moved)), REMOVAL, "does not say what its files hold: detail.classes"),
+        "classes everywhere": (
+            both(edited(LAST, put("statistics.train.classes", moved)), edited(REMOVAL, put("detail.classes", moved))),
+            LAST,
+            "does not follow from its parts",
+        ),
+        "removed of a record": (edited(REMOVAL, put("detail.removed_samples", 1)), REMOVAL, "detail.removed_samples 1 instead of 3"),
+        "rows of a record": (edited(REMOVAL, put("rows", 1)), REMOVAL, "rows 1 instead of"),
+        "shapes of a record": (edited(REMOVAL, put("detail.shapes", renamed)), REMOVAL, "detail.shapes"),
+        "bags": (edited(LAST, put("shards.0.removed.groups", 1)), LAST, "1 bags are removed"),
+        "reason": (
+            rows_of(REMOVED, with_column("reason", replaced("bored"))),
+            REMOVED,
+            "it gives the reason 'bored', expected one of gone",
+        ),
+        "no reason": (rows_of(REMOVED, with_column("reason", replaced(None))), REMOVED, "it gives the reason None"),
+        "key": (rows_of(REMOVED, with_column("key", replaced("x"))), REMOVED, "it names the sample 'x' of ordinal"),
+        "ordinal": (
+            rows_of(REMOVED, with_column("ordinal", replaced(-1))),
+            REMOVED,
+            "it names the ordinal -1, which the part does not have",
+        ),
+        "no ordinal": (rows_of(REMOVED, with_column("ordinal", replaced(None))), REMOVED, "not in the order of their ordinals"),
+        "order": (rows_of(REMOVED, lambda rows: rows.take([1, 0, 2, 3])), REMOVED, "not in the order of their ordinals"),
+        "twice": (rows_of(REMOVED, lambda rows: rows.take([0, 0, 2, 3])), REMOVED, "not in the order of their ordinals"),
+        "one less": (rows_of(REMOVED, lambda rows: rows.slice(1)), REMOVED, "not a readable Parquet file"),
+        "another sample": (other_removed(REMOVED), "living", "content_sha256 of the manifest is"),
+        "another sample before": (other_removed(BEFORE), REMOVED, "which a generation before removed"),
+        "reason of before": (rows_of(BEFORE, with_column("reason", replaced("bored"))), BEFORE, "it gives the reason 'bored'"),
+        "columns": (rows_of(REMOVED, added(-1)), REMOVED, "'note' is unexpected"),
+        "stem": (rows_of(REMOVED, same, lambda known: known | {"stem": "x"}), REMOVED, "its metadata say stem 'x'"),
+        "unchecked": (rows_of(REMOVED, same, compression="zstd"), REMOVED, "have pages without a checksum"),
+        "content": (edited(LAST, put("content_sha256", "0" * 64)), "living", "content_sha256 of the manifest is 0000"),
+        "no removal": (edited(LAST, put("removal", None)), LAST, "does not say what removes samples"),
+        "parent of a claim": (edited("run.000004.json", put("identity.parent", 1)), LAST, "parent 1 instead of 3"),
+        "listed key": (listed_again("key", "x"), "listings", "they say 'x' as key"),
+        "listed class": (listed_again("label_name", "x"), "listings", "they say 'x' as label_name"),
+        "listed hash": (listed_again("sample_sha256", "0" * 64), "listings", "as sample_sha256"),
+        "listed as bad": (listed_again("quarantined", True), "listings", "they say True as quarantined"),
+        "listed nowhere": (listed_again("ordinal", 10_000), "listings", "they name 1 samples that belong to no part"),
+        "listed split": (listed_again("split", "x"), "listings", "they name 1 samples that belong to no part"),
+        "listed without": (listed_again("ordinal", None), "listings/000004.parquet", "has rows without key, split, ordinal"),
+        "listed below": (listed_again("ordinal", -3), "listings/000004.parquet", "has rows without key, split, ordinal"),
     },
     "hashed": {
         "seed of splits": (
@@ -523,7 +641,7 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         "kl": (part(with_column("kl", replaced(lambda value: value + 1))), PART, "column kl is not that of mu and log_var"),
         "mu": (part(with_column("mu", replaced([9, 9, 9, 9]))), PART, "column kl is not that of mu and log_var"),
         "float64": (
-            part(lambda rows: rows.set_column(9, "kl", rows["kl"].cast(pa.float64()))),
+            part(lambda rows: rows.set_column(rows.column_names.index("kl"), "kl", rows["kl"].cast(pa.float64()))),
             PART,
             "'kl' is of type double, expected float",
         ),

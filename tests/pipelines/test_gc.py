@@ -5,7 +5,9 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from aecore.errors import ConfigError
 from aecore.store import open_store
@@ -99,3 +101,37 @@ def test_compare_prints_both_sides_and_refuses_two_kinds(root: Path, capsys: pyt
     assert "(+0)" in text
     assert json.loads(printed(capsys, "compare", run, run, "--json"))["weights"]["max_difference"] == 0.0
     assert "give two of one kind" in printed(capsys, "compare", run, data, code=2)
+
+
+def test_compaction_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "root/dataset"
+    for number in range(8):
+        (tmp_path / "images/cat").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number).save(tmp_path / f"images/cat/{number}.png")
+    run = ("shard", str(tmp_path / "images"), str(data), "shards.max_samples=4", HERE)
+    printed(capsys, *run)
+    first = json.loads((data / "dataset.000001.json").read_bytes())
+    stored = pq.read_table(data / "shards/train-000000.parquet")["source"].to_pylist()
+    for name in stored[:3]:
+        (tmp_path / "images" / name).unlink()
+    printed(capsys, *run)
+    before = sorted(data.rglob("*"))
+    dry = printed(capsys, "gc", str(data.parent), "--compact", "0.5", "--dry-run")
+    assert f"dataset {data}: would write 1 part again, without 3 removed samples" in dry
+    assert sorted(data.rglob("*")) == before
+    told = json.loads(printed(capsys, "gc", str(data), "--compact", "0.5", "--json"))
+    part = {"part": "train-000000", "by": "train-g000003-000000", "live": 1, "removed": 3, "bytes": told["compaction"]["parts"][0]["bytes"]}
+    assert told["compaction"] == {
+        "url": str(data), "generation": 3, "share": 0.5, "parts": [part], "adopted": [], "dry_run": False
+    }  # fmt: skip
+    assert told["files"] == 0 and [item["what"] for item in told["waiting"]] == ["replaced parts"]
+    assert "wrote 0 parts again, without 0 removed samples" in printed(capsys, "gc", str(data), "--compact", "0.5")
+    shown = json.loads(printed(capsys, "show", str(data), "--json"))
+    assert shown["generation"] == 3 and first["dataset_sha256"] != shown["dataset_sha256"]
+    assert printed(capsys, "verify", str(data), "--read-data").startswith("ok")
+    freed = json.loads(printed(capsys, "gc", str(data), "--retention", "0s", "--keep-generations", "1", "--json"))
+    assert "shards/train-000000.tar" in [item["name"] for item in freed["garbage"]]
+    assert printed(capsys, "verify", str(data), "--read-data").startswith("ok")
+    assert "expected at least 0 and below 1" in printed(capsys, "gc", str(data), "--compact", "1.5", code=2)
+    assert "give --compact SHARE with it" in printed(capsys, "gc", str(data), "--copy", code=2)
+    assert "give a dataset" in printed(capsys, "gc", str(tmp_path), "--compact", "0.5", code=2)

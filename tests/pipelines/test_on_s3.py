@@ -18,7 +18,7 @@ from tests.s3 import ACCESS_KEY, S3, SECRET_KEY
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = ("source.num_samples=512", "splits.by=hash", "splits.test=0.1", "shards.max_samples=100", "train.max_steps=12")
-PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", "table.", ".tmp/")  # they hold times, addresses, names of attempts
+PER_PLACE = ("records/", "report/", "run.", "checkpoints/", "metrics/", "table.", ".tmp/")  # they hold times, addresses, names of attempts
 
 
 def aepipe(*arguments: object, home: Path) -> tuple[Any, str]:

@@ -29,7 +29,8 @@ At = Callable[[Path], str]
 
 
 def shard(root: Path, images: Path, **options: Any) -> None:  # any: of shard_dataset
-    shard_dataset(FolderSpec(url=str(images)), str(root / "dataset"), SplitSpec(by="folders"), ShardSpec(max_samples=12), **options)
+    source = FolderSpec(url=str(images), name="images")  # wherever they are
+    shard_dataset(source, str(root / "dataset"), SplitSpec(by="folders"), ShardSpec(max_samples=12), **options)
 
 
 def make(root: Path, seed: int = 0) -> Path:

@@ -7,17 +7,22 @@ is made of, so another Parquet version or compression level does not make anothe
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from aecore.data.format.form import Form
-from aecore.data.format.parquet import read_parquet
+from aecore.data.format.parquet import open_parquet, read_parquet
+from aecore.data.format.record import DATA_EXTENSIONS
+from aecore.data.format.spill import BUCKET, spilled
 from aecore.errors import DataError
+from aecore.native.texts import Texts
 
 MEMBERS = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
 _INDEX_COLUMNS: dict[str, pa.DataType] = {
@@ -34,6 +39,7 @@ _INDEX_COLUMNS: dict[str, pa.DataType] = {
     "group": pa.string(),
     "length": pa.int32(),
 }
+SOURCE_SHA256 = "source_sha256"  # of the bytes that the source gave, in the index of samples that may have been converted
 _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "source": pa.string(),
     "key": pa.string(),
@@ -45,9 +51,33 @@ _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "sha256": pa.string(),
 }
 _LISTING_COLUMNS: dict[str, pa.DataType] = {"key": pa.string(), "source": pa.string(), "bytes": pa.int64()}
+_LEDGER_COLUMNS: dict[str, pa.DataType] = {
+    **_LISTING_COLUMNS,
+    "split": pa.string(),
+    "ordinal": pa.int64(),
+    "label_name": pa.string(),
+    "group": pa.string(),
+    "columns": pa.string(),
+    "sha256": pa.string(),
+    "sample_sha256": pa.string(),
+    "quarantined": pa.bool_(),
+    "origin": pa.string(),
+    "state": pa.string(),
+}
+_REMOVED_COLUMNS: dict[str, pa.DataType] = {"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()}
 INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
+LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that follow their source
+REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
-_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
+_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]
+
+
+def data_members(index: pa.Table) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:  # any: pyarrow's stubs know no types of values
+    """Return extension, first byte and size of the data member of each row of an index."""
+    members: Any = index["members"].combine_chunks()  # any: as above
+    ext, begins, sizes = members.flatten().flatten()
+    is_data: Any = pc.is_in(ext, value_set=pa.array(sorted(DATA_EXTENSIONS)))  # any: as above
+    return ext.filter(is_data), begins.filter(is_data).to_numpy(), sizes.filter(is_data).to_numpy()
 
 
 def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> pa.Table:  # any: lists or arrays
@@ -62,8 +92,10 @@ def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> 
 
 
 def _array(values: Any, wanted: pa.DataType | None) -> Any:  # any: list, numpy array or arrow array
-    if isinstance(values, pa.Array):
+    if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
+    if isinstance(values, Texts):
+        return values.column()
     try:
         return pa.array(values, wanted)
     except UnicodeEncodeError:  # file names that are no UTF-8 arrive with lone surrogates
@@ -73,12 +105,23 @@ def _array(values: Any, wanted: pa.DataType | None) -> Any:  # any: list, numpy 
 def table_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:  # any: plain JSON data
     """Return the table as Parquet (zstd, page checksums), with `metadata` as JSON under the key `aecore`."""
     sink = pa.BufferOutputStream()
-    described = table.replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
+    _write(table, metadata, sink)
+    return bytes(sink.getvalue())
+
+
+def write_table(table: pa.Table, metadata: Mapping[str, Any], path: Path) -> None:  # any: as above
+    """Write the table as `table_bytes` returns it, in row groups of some memory."""
+    with pa.OSFile(str(path), "wb") as sink:
+        _write(table, metadata, sink, BUCKET)
+
+
+def _write(table: pa.Table, metadata: Mapping[str, Any], sink: Any, rows: int | None = None) -> None:  # any: pyarrow's files
+    described = (table if rows else table.combine_chunks()).replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
     leaves = set(_leaf_names(table.schema))
     dictionaries: Any = [name for name in _REPEATED if name in leaves]  # any: pyarrow's stubs know only the boolean
     statistics: Any = sorted(INDEX_FORM.statistics or ())  # any: as above
-    pq.write_table(described, sink, compression="zstd", use_dictionary=dictionaries, write_statistics=statistics, write_page_checksum=True)
-    return bytes(sink.getvalue())
+    written: Any = {"use_dictionary": dictionaries, "write_statistics": statistics, "row_group_size": rows}  # any: as above
+    pq.write_table(described, sink, compression="zstd", write_page_checksum=True, **written)
 
 
 def _leaf_names(schema: pa.Schema) -> Iterator[str]:
@@ -89,19 +132,39 @@ def _leaf_names(schema: pa.Schema) -> Iterator[str]:
             yield column.name
 
 
-def read_table(data: bytes, where: str, rows: int | None = None, schema: pa.Schema | None = None, *, more: bool = False) -> pa.Table:
+def read_table(
+    data: bytes,
+    where: str,
+    rows: int | None = None,
+    schema: pa.Schema | None = None,
+    *,
+    more: bool = False,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
     """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged.
 
-    DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones).
+    DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones). Of the
+    `columns` that are asked for those are read that it has.
     """
     try:
-        table = read_parquet(pa.py_buffer(data), rows, threads=False)  # a process that ends soon after is aborted by threads (2 of 60 runs)
+        # a process that ends soon after is aborted by threads (2 of 60 runs)
+        table = read_parquet(pa.py_buffer(data), rows, columns, threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
     wrong = [] if schema is None else column_problems(table.schema, schema, more=more)
     if wrong:
         raise DataError(f"{where} has other columns than aecore writes ({'; '.join(wrong)}): restore it or write the artefact again")
     return table
+
+
+def read_mapped(path: Path, where: str) -> pa.Table:
+    """Return the table of a Parquet file as `read_table` does, in a scratch file that is mapped, a row group at a time."""
+    try:
+        file = open_parquet(path)
+        schema = file.schema_arrow
+        return spilled((file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups)), schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
 
 
 def column_problems(found: pa.Schema, wanted: pa.Schema, *, more: bool = False) -> list[str]:
@@ -139,9 +202,10 @@ def content_sha256(table: pa.Table) -> str:
 def _update(digest: Any, array: Any) -> None:  # any: hashlib's object has no public type, pyarrow's stubs know no flatten
     kind = array.type
     digest.update(type(kind).__name__.encode() if pa.types.is_nested(kind) else str(kind).encode())  # how Parquet names list items varies
-    digest.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    complete = array.null_count == 0
+    digest.update(b"\1" * len(array) if complete else array.is_valid().to_numpy(zero_copy_only=False).tobytes())
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        array = array.fill_null("" if pa.types.is_string(kind) else b"")
+        array = array if complete else array.fill_null("" if pa.types.is_string(kind) else b"")
         offsets = np.frombuffer(array.buffers()[1] or b"\0\0\0\0", "<i4")[array.offset : array.offset + len(array) + 1]
         digest.update(np.diff(offsets).astype("<i8").tobytes())
         digest.update(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
@@ -152,7 +216,8 @@ def _update(digest: Any, array: Any) -> None:  # any: hashlib's object has no pu
         for child in array.flatten():
             _update(digest, child)
     elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        values = array.fill_null(False if pa.types.is_boolean(kind) else 0).to_numpy(zero_copy_only=False)
-        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        array = array if complete else array.fill_null(False if pa.types.is_boolean(kind) else 0)
+        values = array.to_numpy(zero_copy_only=False)
+        digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
     elif not pa.types.is_null(kind):
         raise DataError(f"an index column of type {kind} has no canonical form: use strings, booleans or numbers")

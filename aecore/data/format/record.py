@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, ImageHeader, PixelsVersion, image_header
 from aecore.errors import ConfigError, DataError
+from aecore.native.texts import Texts, ascii_bytes, joined
 
 __all__ = [
     "ALLOWED_EXTENSIONS",
@@ -39,6 +40,7 @@ __all__ = [
     "encode_keys",
     "image_header",
     "is_channel_last",
+    "joined_key",
     "read_npy_header",
     "require_allowed",
 ]
@@ -55,6 +57,8 @@ _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 _PLAIN = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*(?:/[A-Za-z0-9-][A-Za-z0-9_-]*)*")
 _PLAIN_BYTES = f"{string.ascii_letters}{string.digits}_/-".encode()
+_IS_PLAIN = np.isin(np.arange(256), np.frombuffer(_PLAIN_BYTES, np.uint8))
+_SLASH, _UNDERSCORE = b"/_"
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 _SHORTENED = re.compile(r".{40}-[0-9a-f]{32}")
 _SHORTENED_BYTES = 73
@@ -140,13 +144,37 @@ def encode_key(path: str) -> str:
     return _shorten(key, MAX_KEY_BYTES if _fits_header(key) else 0)
 
 
-def encode_keys(paths: list[str]) -> list[str]:
-    """Return `encode_key` of each path; if all are plain, that is checked for all at once (saves 0.5 us per path)."""
-    text = "/".join(["", *paths, ""])
-    is_plain = text.isascii() and not text.encode().translate(None, _PLAIN_BYTES) and "//" not in text and "/_" not in text
-    if is_plain and max(map(len, paths), default=0) < _SHORTENED_BYTES:
-        return paths
-    return [encode_key(path) for path in paths]
+def joined_key(above: str, key: str) -> str:
+    """Return the key of a sample below another component; both are keys already."""
+    whole = f"{above}/{key}"
+    return _shorten(whole, MAX_KEY_BYTES if _fits_header(whole) else 0)
+
+
+def encode_keys(paths: Sequence[str]) -> Texts:
+    """Return `encode_key` of each path; of a batch of plain ones that is checked for all at once."""
+    texts = Texts.of(paths)
+    batches = [*texts.batches()]
+    plain = [_all_plain(batch) for batch in batches]
+    if all(plain):
+        return texts
+    pairs = zip(batches, plain, strict=True)
+    return joined([Texts(batch) if is_plain else Texts.of([encode_key(path) for path in Texts(batch)]) for batch, is_plain in pairs])
+
+
+def _all_plain(batch: Any) -> bool:  # any: an array of Arrow
+    """Return whether all paths of a batch are their own keys."""
+    found = ascii_bytes(batch)
+    if found is None or not len(batch):
+        return found is not None
+    data, offsets = found
+    sizes = np.diff(offsets)
+    if sizes.min() == 0 or sizes.max() >= _SHORTENED_BYTES or not _IS_PLAIN[data].all():
+        return False
+    is_slash = data == _SLASH
+    starts = np.zeros(len(data), np.bool_)  # of components
+    starts[1:] = is_slash[:-1]
+    starts[offsets[:-1]] = True
+    return not (starts & (is_slash | (data == _UNDERSCORE))).any() and not is_slash[offsets[1:] - 1].any()
 
 
 def _encode(component: str) -> str:

@@ -5,6 +5,7 @@ The writer packs the members of a chunk; the strict reader rebuilds their header
 """
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,12 @@ def plain_names(keys: list[str], exts: list[str], names: str) -> bool:
     """Return whether all names of the members of samples, joined in `names`, fit the plain field of a header."""
     longest = max(map(len, keys), default=0) + max(map(len, {*exts, "cls"})) + 1
     return longest <= _NAME and names.isascii() and names.count("\0") == len(keys)
+
+
+def plain_sizes(sizes: NDArray[np.int64], exts: Sequence[str]) -> bool:
+    """Return whether names of data members of these sizes, which end in one of the extensions, and those of `cls` fit the plain field."""
+    longer = max(len("cls") - min(map(len, exts)), 0)
+    return int(sizes.max(initial=0)) + longer <= _NAME
 
 
 class TarPacker:

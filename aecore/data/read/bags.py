@@ -35,11 +35,11 @@ class Bags:
         where, names = f"split {rows.split!r} of {rows.dataset.url}", set[str]()
         starts, counts, first = list[Int64s](), list[int](), 0
         for number, samples in enumerate(rows.counts.tolist()):
-            found = rows.reader(number).index["group"]
+            found = rows.index(number)["group"]
             if found.null_count:
                 raise DataError(f"{where}: {found.null_count} samples of shard {rows.shards[number].stem} have no group: shard again")
             codes: Any = pc.dictionary_encode(found.combine_chunks())  # any: pyarrow's stubs do not see a dictionary array
-            begins = np.concatenate([[0], np.flatnonzero(np.diff(codes.indices.to_numpy())) + 1])
+            begins = np.concatenate([[0], np.flatnonzero(np.diff(codes.indices.to_numpy())) + 1])[:samples]  # none of a shard without any
             _require_new(where, rows.shards[number].stem, names, codes.dictionary.to_pylist(), len(begins))
             starts.append(first + begins)
             counts.append(len(begins))

@@ -211,16 +211,19 @@ class Loader:
         """Return the samples of the split with these indices, in this order; the batch counts as a global one."""
         return self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))
 
-    def shard_batches(self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None) -> Generator[ShardBatch, None, None]:
-        """Yield rows [start, stop) of one shard, `batch` rows at a time; rows that do not decode are reported instead of raised.
+    def shard_batches(
+        self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None, *, rows: Int64s | None = None
+    ) -> Generator[ShardBatch, None, None]:
+        """Yield rows [start, stop) of one shard, or these `rows`, `batch` at a time; those that do not decode are reported, not raised.
 
         `positions` count bad rows too, so noise sliced by them does not depend on which samples decode.
         """
-        return prefetched(self._shard(self._number(shard), start, shard.samples if stop is None else stop, batch), self.spec.prefetch)
+        rows = np.arange(start, shard.live if stop is None else stop) if rows is None else rows
+        return prefetched(self._shard(self._number(shard), rows, batch), self.spec.prefetch)
 
     def index(self, shard: ShardRef) -> pa.Table:
         """Return the index of one shard; it is read and verified once while the shard is open."""
-        return self.rows.reader(self._number(shard)).index
+        return self.rows.index(self._number(shard))
 
     def _number(self, shard: ShardRef) -> int:
         for number, known in enumerate(self.rows.shards):
@@ -281,16 +284,16 @@ class Loader:
             indices = np.arange(begin, min(begin + batch, stop))
             yield self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))
 
-    def _shard(self, number: int, first: int, last: int, batch: int) -> Generator[ShardBatch, None, None]:
-        for start in range(first, last, batch):
-            stop, errors = min(start + batch, last), list[DecodeError]()
-            rows = self.rows.read_shard(number, start, stop, errors.append)
-            places = np.arange(stop - start)
+    def _shard(self, number: int, chosen: Int64s, batch: int) -> Generator[ShardBatch, None, None]:
+        for start in range(0, len(chosen), batch):
+            own, errors = chosen[start : start + batch], list[DecodeError]()
+            rows = self.rows.read_shard(number, own, errors.append)
+            places = np.arange(len(own))
             if errors:
                 places = np.delete(places, [error.row for error in errors])
                 rows = rows.take(places)
-            bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
-            yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
+            bad = tuple(BadRow(int(own[error.row]), error.reason, str(error)) for error in errors)
+            yield ShardBatch(self._batch(rows, places, len(own)), own[places], bad)
 
     def _batch(self, rows: Rows, positions: Int64s, num_global: int, x_pair: Pixels | None = None) -> Batch:
         pixels = rows.pixels if rows.lengths is None else crop(rows.pixels, rows.lengths)

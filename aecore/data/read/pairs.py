@@ -66,7 +66,7 @@ def find_partners(rows: "SplitRows", pairs: PairSpec, seed: int) -> Partners:
     """
     where = f"split {rows.split!r} of {rows.dataset.url}"
     rows.dataset.store.prefetch([shard.index for shard in rows.shards])
-    tables = [_needed(rows.reader(number).index) for number in np.flatnonzero(rows.counts).tolist()]
+    tables = [_needed(rows.index(number)) for number in np.flatnonzero(rows.counts).tolist()]
     key = f"{rows.dataset.training_key(rows.split)}|{seed}"
     draws = Draws(key, np.concatenate([table["ordinal"].to_numpy() for table in tables]))
     names = [name for name in tables[0].column_names if name.startswith(FACTOR)]

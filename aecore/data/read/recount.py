@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.image import ImageHeader, has_png_meaning, stated_header
 from aecore.data.format.record import DATA_EXTENSIONS, ArrayHeader, Sample, array_header
-from aecore.data.manifest import RejectedPart, ShardRef
+from aecore.data.manifest import RejectedPart, Removed, ShardRef
+from aecore.data.removal import REASONS
 from aecore.data.sources import Listing
 from aecore.data.sources._skipped import first_of
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes
 from aecore.errors import ConfigError, DataError
-from aecore.registry import from_dict
+from aecore.registry import from_dict, shown
 
 _Header = ImageHeader | ArrayHeader | None
 _IN_ORDER = 64  # rows of a shard whose place in the shuffle is looked at: a wrong seed puts them in another order
@@ -79,16 +81,19 @@ class Headers:
             if not (stated.equals(right) if None not in self._known else stated.filter(seen).equals(right.filter(seen))):
                 yield f"the column {name} is not what the samples' headers say"
 
-    def formats(self, index: pa.Table) -> dict[str, int]:
-        """Return the samples by format, as the index has it for samples whose header is not known."""
+    def formats(self, index: pa.Table, rows: NDArray[np.int64] | None = None) -> dict[str, int]:
+        """Return the samples (with `rows`, these of the index) by format, as the index has it for samples whose header is not known."""
         counts: Counter[str] = Counter()
-        numbers = Counter(self._codes)
+        codes = np.array(self._codes, np.int64)
+        if rows is not None:
+            codes, index = codes[rows], index.take(rows)
+        numbers = np.bincount(codes, minlength=len(self._known)).tolist()
         for header, code in self._known.items():
-            if header is not None:
+            if header is not None and numbers[code]:
                 counts[header.format_text] += numbers[code]
         if None in self._known:
-            rows = index.filter(pa.array([code == self._known[None] for code in self._codes]))
-            for row in rows.group_by(["width", "height", "mode"]).aggregate([([], "count_all")]).to_pylist():
+            unknown = index.filter(pa.array(codes == self._known[None]))
+            for row in unknown.group_by(["width", "height", "mode"]).aggregate([([], "count_all")]).to_pylist():
                 if None not in row.values():  # else the sum is wrong, which is seen
                     counts[ImageHeader(row["width"], row["height"], row["mode"], "").format_text] += row["count_all"]
         return dict(counts)
@@ -107,8 +112,9 @@ def record_of(part: ShardRef | RejectedPart, index: pa.Table | None, quarantine:
     """Return the record of a part with this content (without timings)."""
     num, bad = 0 if index is None else len(index), 0 if quarantine is None else len(quarantine)
     ordinals = [table["ordinal"] for table in (index, quarantine) if table is not None]
-    first = min(pc.min(column).as_py() for column in ordinals if len(column))
-    detail: dict[str, Any] = {"split": part.split, "planned": num + bad, "first_ordinal": first, "samples": num, "quarantined": bad}
+    first = part.first_ordinal if part.lost else min(pc.min(column).as_py() for column in ordinals if len(column))
+    detail: dict[str, Any] = {"split": part.split, "planned": num + bad + part.lost, "first_ordinal": first}
+    detail |= {"samples": num, "quarantined": bad} | ({"lost": part.lost} if part.lost else {})
     detail["reasons"] = {} if quarantine is None else _counts(quarantine["reason"])
     files = [part.quarantine]
     if isinstance(part, ShardRef):
@@ -121,6 +127,50 @@ def record_of(part: ShardRef | RejectedPart, index: pa.Table | None, quarantine:
         if part.tar_base_url is not None:
             detail |= {"tar": dataclasses.asdict(part.tar), "home": part.tar_base_url}
     return PartRecord(part.stem, tuple(ref for ref in files if ref is not None), num, bad, detail)
+
+
+def removal_record_of(
+    part: ShardRef | RejectedPart, removed: Removed, index: pa.Table | None, quarantine: pa.Table | None, shapes: Mapping[str, int]
+) -> PartRecord:
+    """Return the record of a removal that leaves these rows of index and quarantine, and samples of these `shapes` (without timings)."""
+    num, bad = 0 if index is None else len(index), 0 if quarantine is None else len(quarantine)
+    detail: dict[str, Any] = {"split": part.split, "samples": num, "quarantined": bad, "content_sha256": removed.content_sha256}
+    detail["reasons"] = {} if quarantine is None else _counts(quarantine["reason"])
+    lost, groups = 0, 0
+    if isinstance(part, ShardRef):
+        assert index is not None
+        detail |= {"bytes": part.tar.bytes, "shapes": dict(shapes)}
+        detail |= {"extensions": _extensions(index), "classes": _counts(_class_names(index))}
+        lost = part.samples - num
+        if part.groups:
+            detail["groups"] = pc.count_distinct(index["group"]).as_py()
+            groups = part.groups - detail["groups"]
+    detail |= {"removed_samples": lost, "removed_quarantined": part.planned - part.lost - num - bad - lost, "removed_groups": groups}
+    return PartRecord(removed.record, (removed.file,), num, bad, detail)
+
+
+def removal_problems(removed: pa.Table, index: pa.Table | None, quarantine: pa.Table | None, before: pa.Table | None) -> Iterator[str]:
+    """Yield where a removal file does not name samples of its part, each once, among them those of the removal `before` it."""
+    ordinals: Any = removed["ordinal"].combine_chunks()  # any: pyarrow's stubs know no types of values
+    if ordinals.null_count or (np.diff(ordinals.to_numpy(zero_copy_only=False)) <= 0).any():
+        yield "its rows are not in the order of their ordinals, each once"
+        return
+    tables = [table.select(["ordinal", "key"]) for table in (index, quarantine) if table is not None]
+    stored = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    at = pc.index_in(ordinals, value_set=stored["ordinal"].combine_chunks())
+    keys: Any = removed["key"].combine_chunks()  # any: as above
+    if at.null_count:
+        yield f"it names the ordinal {ordinals.filter(at.is_null())[0].as_py()}, which the part does not have"
+    elif not (wanted := stored["key"].combine_chunks().take(at)).equals(keys):
+        row = pc.index(pc.equal(wanted, keys).fill_null(False), False).as_py()
+        yield f"it names the sample {shown(keys[row].as_py())} of ordinal {ordinals[row].as_py()}, which is {shown(wanted[row].as_py())}"
+    known = pc.is_in(removed["reason"], value_set=pa.array(REASONS)).to_numpy()
+    if not known.all():
+        yield f"it gives the reason {shown(removed['reason'][int(np.argmin(known))].as_py())}, expected one of {', '.join(REASONS)}"
+    if before is not None:
+        left = before.filter(pc.invert(pc.is_in(before["ordinal"], value_set=ordinals)))
+        if len(left):
+            yield f"it does not name {shown(left['key'][0].as_py())}, which a generation before removed: what is removed never comes back"
 
 
 def _counts(column: Any) -> dict[str, int]:  # any: a chunked array
@@ -151,8 +201,10 @@ def row_problems(
     """Yield where rows of index and quarantine are not those of this part: ordinals, split, classes, and the settings (`identity`)."""
     ordinals = [table["ordinal"].to_numpy() for table in (index, quarantine) if table is not None]
     first, stop = part.first_ordinal, part.first_ordinal + part.planned
-    if part.planned != sum(map(len, ordinals)) or not np.array_equal(np.sort(np.concatenate(ordinals)), np.arange(first, stop)):
-        yield f"the ordinals of samples and quarantine are not {first} to {stop - 1}, each once"
+    found = np.sort(np.concatenate(ordinals))
+    placed = len(found) + part.lost == part.planned and (np.diff(found) > 0).all() and (found >= first).all() and (found < stop).all()
+    if not placed:
+        yield f"the ordinals of samples and quarantine are not {first} to {stop - 1}, each once{' but the lost ones' if part.lost else ''}"
     if quarantine is not None and quarantine["split"].unique().to_pylist() != [part.split]:
         yield f"the quarantine has rows of other splits than {part.split}"
     if index is None:
@@ -177,8 +229,8 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     keys: Any = index["key"].to_pylist()  # any: pyarrow's stubs make them optional
     groups: Any = index["group"].to_pylist() if index["group"].null_count == 0 else None  # any: as above
     shares = [name for name in ("val", "test") if getattr(splits, name)]
-    if splits.stratify:
-        pass  # follows from the classes of all samples that there were at the first generation
+    if splits.stratify or splits.by == "content":
+        pass  # follows from all samples that there were at the first generation; from bytes that were read before those that are stored
     elif shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
         sources: Any = index["source"].to_pylist()  # any: as above
         listing = Listing(keys, sources, np.zeros(len(index), np.int64), groups=groups)

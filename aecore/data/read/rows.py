@@ -1,6 +1,7 @@
 """Random access to the samples of one split: read by offset, verified, decoded, and cached in RAM where they fit.
 
-Samples are numbered through the split's shards in manifest order. A batch is sorted by shard and offset before it is read; every
+Samples are numbered through the live ones of the split's shards in manifest order: here, and nowhere else, such a number becomes the row of
+a shard, and nothing above knows of what was removed. A batch is sorted by shard and offset before it is read; every
 sample's bytes are compared with the index's sha256 when they are read (1 us for a small image), so damage after the shard was
 written is found before training uses it. At most `MAX_OPEN` shards, and indexes of `MAX_INDEXED` samples (0.6 kB each), are open at a time.
 The RAM cache holds decoded samples (each rank its own) and fills as samples are first read: the first epoch pays for decoding.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from aecore.data.classes import UNKNOWN, label_map
@@ -22,6 +24,7 @@ from aecore.data.format.ragged import SequenceDecoder
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef
 from aecore.data.read.shard_reader import ShardReader
+from aecore.data.removal import live_rows
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.store import Files, open_files
@@ -46,9 +49,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
+    """A shard and its live samples: their index, ordinals and labels, and the rows of the shard that they are (None: all)."""
+
     reader: ShardReader
+    index: pa.Table
     ordinals: Int64s
     labels: Int64s
+    rows: Int64s | None
+
+    def stored(self, numbers: Int64s) -> Int64s:
+        """Return the rows of the shard that live samples are."""
+        return numbers if self.rows is None else self.rows[numbers]
 
 
 class SplitRows:
@@ -71,7 +82,7 @@ class SplitRows:
         self.dataset = dataset
         self.split = split
         self.shards = dataset.manifest.split(split)
-        self.counts = np.array([shard.samples for shard in self.shards], np.int64)
+        self.counts = np.array([shard.live for shard in self.shards], np.int64)
         self.num_samples = int(self.counts.sum())
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
@@ -109,12 +120,12 @@ class SplitRows:
                     self.close()
             return cache.take(indices)
 
-    def read_shard(self, number: int, start: int, stop: int, on_bad: Callable[[DecodeError], None]) -> Rows:
-        """Return rows [start, stop) of one shard, not cached; rows that do not decode are reported (undefined pixels)."""
+    def read_shard(self, number: int, rows: Int64s, on_bad: Callable[[DecodeError], None]) -> Rows:
+        """Return these live samples of one shard, not cached; those that do not decode are reported (undefined pixels)."""
         with self._lock:
             shard = self._shard(number)
-            members = shard.reader.read_members(np.arange(start, stop))
-            ordinals, labels = shard.ordinals[start:stop].copy(), shard.labels[start:stop].copy()
+            members = shard.reader.read_members(shard.stored(rows))
+            ordinals, labels = shard.ordinals[rows], shard.labels[rows]
         return self._decoded(members, ordinals, labels, on_bad)
 
     @property
@@ -122,10 +133,10 @@ class SplitRows:
         """Whether every sample is cached: nothing is read or decoded any more."""
         return bool(len(self._filled)) and bool(self._filled.all())
 
-    def reader(self, number: int) -> ShardReader:
-        """Return the open reader of one shard: its index is read and verified once."""
+    def index(self, number: int) -> pa.Table:
+        """Return the index of the live samples of one shard; it is read and verified once while the shard is open."""
         with self._lock:
-            return self._shard(number).reader
+            return self._shard(number).index
 
     def prefetch(self, now: Int64s, later: Int64s | None = None) -> None:
         """Start background download of these shards, in this order (no-op for local files).
@@ -167,9 +178,9 @@ class SplitRows:
         parts, ordinals, labels = list[BytesColumn](), np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # first place of each shard
         for number, places in zip(numbers[firsts].tolist(), np.split(order, firsts[1:]), strict=True):
-            shard, rows = self._shard(number), indices[places] - self._starts[number]
-            ordinals[places], labels[places] = shard.ordinals[rows], shard.labels[rows]
-            files = self._pieces_of(self.shards[number])
+            shard, live = self._shard(number), indices[places] - self._starts[number]
+            ordinals[places], labels[places] = shard.ordinals[live], shard.labels[live]
+            files, rows = self._pieces_of(self.shards[number]), shard.stored(live)
             parts.append(shard.reader.read_members(rows) if files is None else shard.reader.read_pieces(files, rows))
         members = BytesColumn.concat(parts).take(np.argsort(order))  # those of a shard were read together
         try:
@@ -201,7 +212,7 @@ class SplitRows:
 
     def _undecodable(self, index: int, error: DecodeError) -> DataError:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
+        key = self._shard(number).index["key"][index - int(self._starts[number])].as_py()
         remedy = "shard the data again with shards.check=decode, which puts such samples into the quarantine"
         if self._pixels != self.dataset.pixels and error.reason == "shape":
             remedy = (
@@ -220,11 +231,12 @@ class SplitRows:
             shard.reader.close()
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
-        index: Any = reader.index  # any: pyarrow's stubs know no `fill_null` of a column
+        rows = live_rows(self.dataset.store, self.shards[number], reader.index)
+        index: Any = reader.index if rows is None else reader.index.take(rows)  # any: pyarrow's stubs know no `fill_null`
         ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy().astype(np.int64)
         if self._labels is not None:
             labels = self._renumbered(number, labels)
-        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels)
+        self._open[number] = shard = _OpenShard(reader, index, ordinals.astype(np.int64), labels, rows)
         return shard
 
     def _renumbered(self, number: int, labels: Int64s) -> Int64s:

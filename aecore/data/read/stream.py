@@ -83,7 +83,7 @@ class StreamDataset:
         """Return the hash of split, names, sizes and rules; DataError if it is another split than the opened one."""
         if split != self.split:
             raise DataError(f"the tars of {self.url} were opened for split {self.split!r}, not {split!r}")
-        # laid out like `manifest.content_sha256`, of shards without counts: it is in the claims of runs
+        # laid out like `manifest.shards_sha256`, of shards without counts: it is in the claims of runs
         rows = [[split, name, 0, "", sha256_json({"name": name, "bytes": size})] for name, size in self.tars.items()]
         return sha256_json({"shards": rows, "classes": []} | ({} if self.rules == 1 else {"rules": self.rules}))
 
@@ -440,7 +440,7 @@ class StreamLoader:
             with contextlib.closing(TarFile(self._tars.files, name)) as tar:
                 state, bad, listed = listings.pop(name, (None, 0, []))
                 room += len(listed)
-                if state == tar.state:
+                if state == tar.stamp:
                     tally.again(bad)
                 else:
                     bad, listed = 0, [_with_class(sample) for sample in _listed(tar, self._reading, skipped)[first::step]]
@@ -459,7 +459,7 @@ class StreamLoader:
                     tally.in_vain = 0
                     yield sample
                 if len(good) <= room:
-                    listings[name] = tar.state, bad, good
+                    listings[name] = tar.stamp, bad, good
                     room -= len(good)
             self._log_skipped(name, skipped, logged)
             num_tars, total = num_tars + 1, total + count

@@ -17,6 +17,7 @@ from aecore.data.format.image import PixelsVersion, image_header
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, require_allowed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef
+from aecore.data.removal import live_rows
 from aecore.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def _shards(shards: tuple[ShardRef, ...]) -> Iterator[ShardRef]:
 
 def _samples(dataset: Dataset, shards: Iterable[ShardRef]) -> Iterator[WebSample]:
     for shard in shards:
+        if not shard.live:  # its tar, if it is adopted, may be another one now
+            continue
         reader = dataset.reader(shard)
-        for sample in reader.iterate():
-            yield {"__key__": sample.key, "__url__": f"{dataset.tars(shard).url}/{shard.tar.name}", **sample.members}
+        rows = live_rows(dataset.store, shard, reader.index)
+        live = None if rows is None else {*rows.tolist()}
+        for row, sample in enumerate(reader.iterate()):
+            if live is None or row in live:
+                yield {"__key__": sample.key, "__url__": f"{dataset.tars(shard).url}/{shard.tar.name}", **sample.members}
         reader.close()
 
 

@@ -14,7 +14,7 @@ import tempfile
 import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -48,13 +48,17 @@ class Rows(Protocol):
 
 
 class _Stored(NamedTuple):
-    """An array in an open file whose descriptor it owns; its values begin at byte `start`."""
+    """An array in an open file whose descriptor it owns; its values begin at byte `start`.
+
+    `found` is what was known of a compressed file when it had been inflated to the open one; None: that is the file itself.
+    """
 
     descriptor: int
     dtype: np.dtype[Any]  # any: as above
     shape: tuple[int, ...]
     fortran: bool
     start: int
+    found: os.stat_result | None = None
 
 
 class StoredRows:
@@ -64,6 +68,10 @@ class StoredRows:
         self._stored = stored
         self._row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         weakref.finalize(self, os.close, stored.descriptor)
+
+    def found(self) -> os.stat_result:
+        """Return what is known of the file after rows were read."""
+        return os.fstat(self._stored.descriptor) if self._stored.found is None else self._stored.found
 
     @property
     def dtype(self) -> np.dtype[Any]:  # any: as above
@@ -132,13 +140,17 @@ class ArrayFile:
         """
         return self._mapped(self._stored(name, verify=verify), name)
 
-    def rows(self, name: str) -> Rows:
-        """Return the rows of one array, to be read one by one; DataError and OSError as `array`.
+    def rows(self, name: str) -> tuple[Rows, Callable[[], os.stat_result]]:
+        """Return the rows of one array, to be read one by one, and what is then known of the file; DataError and OSError as `array`.
 
         An array in Fortran order is mapped, since its rows are not contiguous.
         """
         stored = self._stored(name, verify=False)
-        return self._mapped(stored, name) if stored.fortran or 0 in stored.shape else StoredRows(stored)
+        if not stored.fortran and 0 not in stored.shape:
+            rows = StoredRows(stored)
+            return rows, rows.found
+        opened = StoredRows(stored._replace(descriptor=os.dup(stored.descriptor)))  # to look at it: a map gives no descriptor
+        return self._mapped(stored, name), opened.found
 
     def _stored(self, name: str, *, verify: bool) -> _Stored:
         with self._reported():
@@ -190,7 +202,7 @@ class ArrayFile:
                 file.seek(start)
                 return self._npy(file, info.file_size, start, name)
             with archive.open(info) as packed, self._inflated(packed, info.file_size, name) as unpacked:
-                return self._npy(unpacked, info.file_size, 0, name)
+                return self._npy(unpacked, info.file_size, 0, name)._replace(found=os.fstat(file.fileno()))
 
     @contextlib.contextmanager
     def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> Iterator[IO[bytes]]:
@@ -238,7 +250,7 @@ class ArrayFile:
             dtype, shape, start = self._idx_header(packed)
             size = start + math.prod(shape) * dtype.itemsize
             with self._inflated(packed, size, before=bytes(start)) as unpacked:
-                return self._place(unpacked, (dtype, shape, False), start, size, "")
+                return self._place(unpacked, (dtype, shape, False), start, size, "")._replace(found=os.fstat(file.fileno()))
 
     def _idx_header(self, file: IO[bytes] | gzip.GzipFile) -> tuple[np.dtype[Any], tuple[int, ...], int]:
         head = file.read(4)

@@ -9,6 +9,7 @@ import numpy as np
 from aecore.data.format.png import COLOUR_TYPES, StoredPng
 from aecore.data.sources._arrayfile import Array, Rows
 from aecore.errors import ConfigError, DataError
+from aecore.native.texts import Texts
 
 
 def require_samples(array: Array, where: str) -> Array:
@@ -43,7 +44,7 @@ def native(values: Array) -> Array:
     return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
 
-def class_names(values: Array, where: str) -> list[str]:
+def class_names(values: Array, where: str) -> Texts:
     """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`.
 
     Bytes that are no UTF-8 become lone surrogates, of which `_labels.bad_label` says that they name no class.
@@ -67,8 +68,12 @@ def class_names(values: Array, where: str) -> list[str]:
     if values.dtype.kind == "c":
         raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
     if values.dtype.kind == "S":
-        return [value.decode("utf-8", "surrogateescape") for value in values.tolist()]
-    return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
+        return Texts.of([value.decode("utf-8", "surrogateescape") for value in values.tolist()])
+    values = native(values if values.dtype.kind != "b" else values.astype(np.uint8))
+    if values.dtype.kind in "iu":
+        numbers, codes = np.unique(values, return_inverse=True)
+        return Texts.coded([str(number) for number in numbers.tolist()], codes)
+    return Texts.of([str(value) for value in values.tolist()])
 
 
 def require_characters(values: Array, where: str, *, halves: bool = False) -> None:

@@ -14,7 +14,7 @@ from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._names import array_format
 from aecore.data.sources._other_files import is_of_system
 from aecore.errors import ConfigError
-from aecore.store import Files, absolute_url, is_tar, open_files, open_store
+from aecore.store import Files, absolute_url, is_tar, open_files, open_store, split_urls
 
 if TYPE_CHECKING:
     from aecore.data.sources._arrayshapes import Peek
@@ -23,6 +23,7 @@ DEFAULT = "folder"
 _OF_ROWS = frozenset({"images", "labels", "factors", "lengths", "store_as"})  # options that only rows have
 PEEKED = 16  # files whose headers are read
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
+_OF_DATASET = re.compile(r"(?:dataset|run)\.\d{6}\.json")
 
 
 class Detected(NamedTuple):
@@ -33,10 +34,10 @@ class Detected(NamedTuple):
 
 
 def detect_source(url: str, dataset: str = "", options: Collection[str] = ()) -> Detected:
-    """Return arrays or webdataset if all data files at `url` are of that kind, else folder.
+    """Return arrays or webdataset if all data files at `url` are of that kind, dataset for those of this package, else folder.
 
     A folder, on a disk or in a bucket, is judged by the names of the files below it, up to the first image. One with images or with
-    several kinds is a folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. In a
+    several kinds is a folder of files, and so is one with a dataset of aecore somewhere below it. In a
     folder of `.npy` or `.npz` files each is one sample (folder) or holds rows that are (arrays): their names and shapes tell, see
     `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began, or the names of the
     `options` that are given say it: those of labels, factors and lengths are about rows.
@@ -52,9 +53,17 @@ def detect_source(url: str, dataset: str = "", options: Collection[str] = ()) ->
     known = _of_name(where)
     if known is not None:
         return Detected(known)
+    if len(parts := split_urls(where)) > 1:
+        others = [part for part in parts if not _is_dataset(part)]
+        if not others:
+            return Detected("dataset")
+        what = f"{', '.join(others)} {'holds' if len(others) == 1 else 'hold'} no dataset"
+        raise ConfigError(f"{what}: only datasets are merged; shard it first")
     files, kinds, arrays = open_files(where), set[str](), list[str]()
     for name in files.names():
         kind = _of_name(name)
+        if _OF_DATASET.fullmatch(name) and _is_dataset(where):
+            return Detected("dataset")
         if kind == DEFAULT or _MANIFEST.fullmatch(name.rpartition("/")[2]):
             return Detected(DEFAULT)
         kinds |= {kind} if kind is not None else set()
@@ -63,6 +72,11 @@ def detect_source(url: str, dataset: str = "", options: Collection[str] = ()) ->
     if kinds == {"arrays"}:
         return Detected("arrays") if _OF_ROWS & {*options} else _recorded(dataset) or _of_arrays(files, sorted(arrays))
     return Detected(kinds.pop() if len(kinds) == 1 else DEFAULT)
+
+
+def _is_dataset(url: str) -> bool:
+    found = detect_artifact(open_store(url))
+    return found is not None and found.kind == "dataset"
 
 
 def _of_arrays(files: Files, names: list[str]) -> Detected:

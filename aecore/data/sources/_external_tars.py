@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._other_files import is_of_system
 from aecore.errors import ConfigError, DataError, counted
-from aecore.store import Files, LocalFiles, absolute_url, is_remote, is_tar, open_files, split_tars
+from aecore.store import Files, LocalFiles, absolute_url, is_remote, is_tar, open_files, split_urls
 
 _ENDINGS_IN_VERSION_1 = (".tar", ".tar.gz", ".tgz")
 _SPECIAL = re.compile(r"[*?\[{]")
@@ -40,7 +40,9 @@ class ExternalTars:
         ConfigError
             If braces do not match each other, or joined addresses are in different places.
         """
-        parts = split_tars(absolute_url(url, what))
+        address = absolute_url(url, what)
+        parts = split_urls(address)
+        parts = parts if all(map(is_tar, parts)) else [address]
         if len(parts) == 1 and not _is_pattern(parts[0]):
             if is_tar(parts[0]) and not os.path.isdir(parts[0]):
                 folder, _, name = parts[0].rpartition("/")

@@ -7,7 +7,8 @@ the path of a member in it (`cat/*.jpg`), or both (`00003.tar/cat/*`).
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from aecore.data.sources._labels import groups_by, is_expression
 from aecore.data.sources._names import expand_braces, file_of
 from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError, DataError, counted
+from aecore.registry import to_dict
 from aecore.store import is_tar
 
+FILTERS = ("include", "exclude", "min_size", "limit", "extensions")  # options that choose among the samples of a source
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
 _MEANING = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _SPECIAL, _ESCAPED = re.compile(r"[\\\[\]^&~|]"), r"\\\g<0>"  # inside brackets
@@ -170,7 +173,7 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
         return listing
     groups = listing.groups
     if is_expression(group):
-        paths = list(map(file_of, listing.sources)) if listing.paths is None else listing.paths
+        paths = [*map(file_of, listing.sources)] if listing.paths is None else listing.paths
         groups, _ = groups_by(str(group), paths, listing.sources, listing.unusable)
     rows = _chosen(names, groups, limit)
     if not rows:
@@ -192,8 +195,8 @@ def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> l
     With `groups` whole ones are taken as long as they fit. The choice depends neither on the order nor on the machine.
     """
     if groups is None:
-        order = sorted(range(len(names)), key=lambda row: _hash(names[row]))
-        return sorted(order[:limit])
+        hashed = np.frombuffer(b"".join(map(_hash, names)), ">u8")
+        return sorted(np.argsort(hashed, kind="stable")[:limit].tolist())
     rows: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
@@ -206,3 +209,26 @@ def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> l
 
 def _hash(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def left_out(source: Any, recorded: Mapping[str, Any], sources: Sequence[str], sizes: Sequence[int]) -> list[bool]:
+    """Return which samples of a dataset the options of `source` leave out, as far as they differ from the `recorded` ones.
+
+    Where paths and sizes do not tell (a lower limit, files of many samples), all of them.
+    """
+    asked = to_dict(source, identity_only=True)
+    if all(asked.get(name) == recorded.get(name) for name in FILTERS):
+        return [False] * len(sources)
+    limit, before = asked.get("limit"), recorded.get("limit")
+    if source.kind not in ("folder", "webdataset") or (limit is not None and (before is None or limit < before)):
+        return [True] * len(sources)
+    chosen, extensions = PathFilter(source.include, source.exclude, source.min_size), getattr(source, "extensions", None)
+    skipped, found = Skipped(), list[bool]()
+    for name, size in zip(sources, sizes, strict=True):
+        path = file_of(name) if source.frames == "all" else name
+        tar, _, member = path.partition("#") if source.kind == "webdataset" else ("", "", "")
+        member = member.partition("#")[2]
+        path = f"{tar}/{member}" if tar else path
+        known = extensions is None or path.rpartition(".")[2].lower() in extensions
+        found.append(not (known and chosen.takes(path, size, skipped, member)))
+    return found

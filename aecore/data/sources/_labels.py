@@ -16,15 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.documents import parse_json
 from aecore.data.classes import MAX_CLASS_BYTES, in_order, quoted, spelled
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.sources import Listing
+from aecore.data.sources import Listing, take
 from aecore.data.sources._names import file_of, split_of_folder
 from aecore.errors import ConfigError, DataError
+from aecore.native.texts import Texts
 from aecore.store import absolute_url, open_files, read_again
 
 REGEX, JSON = "regex:", "json:"
@@ -166,13 +168,13 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
     if listing.paths is not None:
         paths = listing.paths
     else:
-        paths = list(map(file_of, listing.sources)) if getattr(source, "frames", "first") == "all" else listing.sources
+        paths = [*map(file_of, listing.sources)] if getattr(source, "frames", "first") == "all" else listing.sources
     changes: dict[str, Any] = {"label_names": listing.label_names, "unusable": listing.unusable}
     if is_expression(group):
         changes["groups"], changes["unusable"] = groups_by(str(group), paths, listing.sources, listing.unusable)
         listing = dataclasses.replace(listing, unusable=changes["unusable"])
     elif listing.groups is not None:
-        changes["groups"] = _mapped(listing.groups, _printable)
+        changes["groups"] = Texts.of(listing.groups).mapped(_printable)
     if rule == "none":
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
@@ -210,10 +212,12 @@ def bad_label(name: str) -> BadSample | None:
     )
 
 
-def _without_bad_labels(names: list[str] | None, unusable: list[BadSample | None] | None, *, leaf: bool) -> dict[str, Any]:
+def _without_bad_labels(names: Sequence[str] | None, unusable: list[BadSample | None] | None, *, leaf: bool) -> dict[str, Any]:
     """Return `label_names` without those that no class can have, and `unusable` with their samples."""
-    bad = {name: why for name in set(names or ()) if (why := bad_label(name.rpartition("/")[2] if leaf else name)) is not None}
-    if names is None or not bad:
+    if names is None:
+        return {}
+    bad = {name: why for name in Texts.of(names).distinct() if (why := bad_label(name.rpartition("/")[2] if leaf else name)) is not None}
+    if not bad:
         return {}
     marked = [known or bad.get(name) for known, name in zip(unusable or [None] * len(names), names, strict=True)]
     return {"label_names": ["" if name in bad else name for name in names], "unusable": marked}
@@ -263,8 +267,8 @@ def _plain(path: str) -> str:
 
 
 def _with_split_folders(
-    paths: list[str], splits: list[str] | None, unusable: Sequence[BadSample | None] | None
-) -> tuple[list[str], list[str] | None, bool]:
+    paths: list[str], splits: Sequence[str] | None, unusable: Sequence[BadSample | None] | None
+) -> tuple[Sequence[str], Sequence[str] | None, bool]:
     """Return paths, the splits of their samples, and whether the paths begin with these; what is unusable decides nothing."""
     if splits is not None:
         tops = {path.partition("/")[0] for path in paths}
@@ -283,7 +287,7 @@ def _with_split_folders(
     return paths, None, False
 
 
-def label_names(listing: Listing, below_split: bool) -> list[str] | None:
+def label_names(listing: Listing, below_split: bool) -> Texts | None:
     """Return the class of each sample in normal form C ("": none, as of what is unusable); None if no sample has one.
 
     With `below_split` the top folders are splits, and no part of a class.
@@ -293,28 +297,23 @@ def label_names(listing: Listing, below_split: bool) -> list[str] | None:
     DataError
         If the expression of the listing's rule finds a label only where `splits.by` says that none is searched.
     """
-    names, rule = listing.label_names, listing.label_rule
-    if names is None:
+    if listing.label_names is None:
         return None
+    names, rule = Texts.of(listing.label_names), listing.label_rule
     below_top = below_split and listing.splits is not None and listing.label_paths
     if is_expression(rule):
-        names, lost = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None, listing.unusable)
+        found, lost = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None, listing.unusable)
         if lost:  # found where `splits.by` says that it is not searched: see `_without_bad_found`
             raise DataError(f"{next(iter(lost.values())).message}, as splits.by={'folders' if below_split else 'hash or none'} has it")
+        names = Texts.of(found)
     elif below_top:
-        names = _mapped(names, lambda name: name.partition("/")[2])
+        names = names.mapped(lambda name: name.partition("/")[2])
     if rule == "leaf":
-        names = _mapped(names, lambda name: name.rpartition("/")[2])
-    names = _mapped(names, spelled)
+        names = names.mapped(lambda name: name.rpartition("/")[2])
+    names = names.mapped(spelled)
     if listing.unusable is not None:
-        names = [name if bad is None else "" for name, bad in zip(names, listing.unusable, strict=True)]
-    return names if any(names) else None
-
-
-def _mapped(names: list[str], change: Callable[[str], str]) -> list[str]:
-    """Return `change` of each name, called once for each different one."""
-    changed = {name: change(name) for name in set(names)}
-    return names if all(name == other for name, other in changed.items()) else list(map(changed.__getitem__, names))
+        names = Texts.of([name if bad is None else "" for name, bad in zip(names, listing.unusable, strict=True)])
+    return names if any(names.distinct()) else None
 
 
 def found_in(
@@ -342,7 +341,7 @@ def found_in(
         shown = ", ".join(dict.fromkeys(repr(_printable(part(texts[left[0]]))) for texts, part in searched))
         what = "the only sample" if len(left) == 1 else f"any of {len(left)} samples"
         raise DataError(
-            f"{option}={rule} finds nothing in {what}: {quoted([_printable(sources[row]) for row in left])} "
+            f"{option}={rule} finds nothing in {what}: {quoted([*map(_printable, take(sources, np.array(left)))])} "
             f"(it was searched in {shown}): change the expression"
         )
     reason, names = ("no_label", "label") if option == "source.label" else ("no_group", "group")

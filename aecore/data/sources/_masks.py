@@ -1,9 +1,10 @@
 """Files that are probably masks of the images next to them: they are samples like all others, so the log says how to leave them out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from aecore.data.sources._skipped import first_of
 from aecore.errors import counted
+from aecore.native.texts import Texts
 
 _WORDS = ("mask", "seg", "label", "annot", "_gt", "-gt", "/gt", "matte", "trimap")
 _NAMES = ("mask", "masks", "seg", "segmentation", "segmentations", "label", "labels", "labelids", "gt", "annotation", "annotations")
@@ -13,17 +14,16 @@ SHOWN = 3
 BLOCK = 4000  # names: what is in none of three such blocks is not looked for in a million others
 
 
-def mask_notes(paths: list[str], folders: list[str]) -> tuple[str, ...]:
+def mask_notes(paths: Sequence[str], folders: Sequence[str]) -> tuple[str, ...]:
     """Return the notes about masks: `a_mask.png` next to `a.png`, `masks/a.png` next to `images/a.png`, `a.png` next to `a.jpg`."""
-    found = dict[str, list[str]]()
-    some = (
-        paths if len(paths) <= 3 * BLOCK else [path for at in (0, len(paths) // 2, len(paths) - BLOCK) for path in paths[at : at + BLOCK]]
-    )
-    text = "\0".join((*some, *set(folders))).lower()
+    found, paths, folders = dict[str, list[str]](), Texts.of(paths), Texts.of(folders)
+    starts = () if len(paths) <= 3 * BLOCK else (0, len(paths) // 2, len(paths) - BLOCK)
+    some = [path for at in starts for path in paths[at : at + BLOCK].tolist()] or paths.tolist()
+    text = "\0".join((*some, *folders.distinct())).lower()
     if any(word in text for word in _WORDS):
         for pattern, path in (*_by_suffix(paths), *_by_folder(paths, folders)):
             found.setdefault(pattern, []).append(path)
-    endings = {path[-4:].lower() for path in some}
+    endings = {ending.lower() for ending in {path[-4:] for path in some}}
     if endings & {".jpg", "jpeg"} and ".png" in endings:
         for pattern, path in _by_extension(paths):
             found.setdefault(pattern, []).append(path)
@@ -39,14 +39,14 @@ def mask_notes(paths: list[str], folders: list[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _num_matches(pattern: str, paths: list[str]) -> int:
+def _num_matches(pattern: str, paths: Sequence[str]) -> int:
     """Return how many files one of the patterns of this module leaves out."""
     if pattern.startswith("*"):
         return sum(path.endswith(pattern[1:]) for path in paths)
     return sum(f"/{pattern}/" in f"/{path}" for path in paths)
 
 
-def _by_suffix(paths: list[str]) -> Iterator[tuple[str, str]]:
+def _by_suffix(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     stems = {path.rpartition(".")[0] for path in paths}
     for path in paths:
         stem, _, ext = path.rpartition(".")
@@ -56,8 +56,8 @@ def _by_suffix(paths: list[str]) -> Iterator[tuple[str, str]]:
                 break
 
 
-def _by_folder(paths: list[str], folders: list[str]) -> Iterator[tuple[str, str]]:
-    known = set(folders)
+def _by_folder(paths: Sequence[str], folders: Texts) -> Iterator[tuple[str, str]]:
+    known = set(folders.distinct())
     siblings = dict[tuple[str, str], set[str]]()  # what is above a folder of masks and below it -> the names that are between these
     for folder in known:
         for above, name, below in _components(folder):
@@ -92,7 +92,7 @@ def _components(folder: str) -> Iterator[tuple[str, str, str]]:
         yield "/".join(names[:at]), name, "/".join(names[at + 1 :])
 
 
-def _by_extension(paths: list[str]) -> Iterator[tuple[str, str]]:
+def _by_extension(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield PNGs next to JPEGs of the same name: a mask has to be stored without loss."""
     photos = {path.rpartition(".")[0] for path in paths if path.lower().endswith((".jpg", ".jpeg"))}
     for path in paths:

@@ -85,7 +85,7 @@ class TarFile:
     """An open external tar, compressed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
 
     A compressed one (by its first bytes) is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see
-    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could. `state` is equal while the file
+    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could. `stamp` is equal while the file
     was not written again.
     """
 
@@ -93,7 +93,7 @@ class TarFile:
         self.where = f"{files.url}/{name}"
         self.compression: str | None = None
         self.broken = ""
-        self.state = 0, 0, 0
+        self.stamp = 0, 0, 0
         self._files, self._name, self._limit, self._option = files, name, limit, option
         self._window, self._end = (b"", 0), 0  # the last bytes read by `_near` and where they begin, where the last piece ended
         self.descriptor = read_again(self._opened, self.where)
@@ -106,8 +106,8 @@ class TarFile:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
-            found = os.fstat(descriptor)
-            self._packed, self.state = found.st_size, (found.st_size, found.st_mtime_ns, found.st_ino)
+            self._found = os.fstat(descriptor)
+            self.stamp = self._found.st_size, self._found.st_mtime_ns, self._found.st_ino
         except BaseException:
             close_read(descriptor)
             raise
@@ -115,11 +115,16 @@ class TarFile:
             return descriptor
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             inflated, self.broken = inflate(file, self.compression, self.where, self.limit())
+            self._found = os.fstat(descriptor)
         return inflated
+
+    def state(self) -> str | None:
+        """Return the state of the tar, as it is after what was read of it (of a compressed one, after it was inflated)."""
+        return self._files.state(self._name, self._found if self.compression else os.fstat(self.descriptor))
 
     def limit(self) -> InflateLimit:
         """Return how many bytes its members may become where holes are filled and links resolved: as many as a compressed tar may."""
-        return InflateLimit.of(self._packed, self._limit, self._option)
+        return InflateLimit.of(self._found.st_size, self._limit, self._option)
 
     def close(self) -> None:
         """Close the descriptor."""

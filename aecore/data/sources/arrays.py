@@ -11,9 +11,12 @@ WebDataset sees pictures. The pixels are those of the array. Everything else, an
 in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads only the rows of its shard.
 """
 
+import dataclasses
+import errno
 import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.record import encode_keys
-from aecore.data.sources import Listing
+from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._arrayfile import Array, ArrayFile
 from aecore.data.sources._arrayvalues import (
     class_names,
@@ -48,8 +51,9 @@ from aecore.data.sources._names import (
 from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped, first_of
 from aecore.errors import DataError, counted, did_you_mean
+from aecore.native.texts import Texts, joined, numbered
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, open_files, read_again
+from aecore.store import Seen, absolute_url, open_files, read_again
 
 _ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
@@ -88,6 +92,7 @@ class ArraysSpec:
     exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as 'old' or '*_test.npy'", since=2)
     min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
     limit: int | None = knob(None, "samples at most, chosen by a hash of their keys: spread over all arrays", ge=1, since=2)
+    name: str = knob("", NAME_HELP, identity=False, since=2)
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(
         0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 128 times its file's", ge=0, identity=False
@@ -97,6 +102,7 @@ class ArraysSpec:
         for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
             if is_expression(rule):
                 require_rule(option, rule, ())
+        require_name(self.name)
         object.__setattr__(self, "include", globs("source.include", self.include))
         object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
@@ -119,11 +125,12 @@ class _Block:
     stem: str
     array: Array
     split: str = ""
-    labels: list[str] | None = None
+    labels: Texts | None = None
     factors: Mapping[str, Array] = field(default_factory=dict)
     lengths: Array | None = None
     groups: list[str] | None = None
     label_file: str = ""  # that holds the labels
+    seen: Seen | None = None  # of its file, before it was read
 
 
 @SOURCES.register(ArraysSpec)
@@ -137,6 +144,7 @@ class ArraysSource:
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
         self._rows: dict[str, Callable[[int], tuple[str, bytes]]] = {}
+        self._found = dict[str, Callable[[], os.stat_result]]()  # by head: what is known of its file after rows were read
         self._labels: list[str] = []  # the files that `source.labels` names
 
     def listing(self) -> Listing:
@@ -154,7 +162,10 @@ class ArraysSource:
     def _listing(self) -> Listing:
         skipped = Skipped()
         names, notes = self._names(skipped)
-        blocks = [block for name in names for block in self._blocks(name, names, skipped)]
+        blocks = list[_Block]()
+        for name in names:
+            seen = self._files.seen(name)
+            blocks += [dataclasses.replace(block, seen=seen) for block in self._blocks(name, names, skipped)]
         if not blocks:
             raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
         taken = {block.label_file for block in blocks}
@@ -173,16 +184,19 @@ class ArraysSource:
                         "array(s) without labels, as others have", block.head, "name labels like it to label its samples", kept=True
                     )
         counts = [len(block.array) for block in blocks]
-        rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
-        paths = [f"{block.stem}/{row:09d}" for block, row in rows]
-        of_rows = f"{counted(len(rows), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
+        paths = joined([numbered(f"{block.stem}/", count, width=9) for block, count in zip(blocks, counts, strict=True)])
+        of_rows = f"{counted(sum(counts), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
+
+        def repeated(values: Sequence[str | None]) -> Texts:  # of each block, for each of its rows
+            return Texts.coded(values, np.repeat(np.arange(len(blocks), dtype=np.int32), counts))
+
         listing = Listing(
             encode_keys(paths),
-            [f"{block.head}#{row}" for block, row in rows],
+            joined([numbered(f"{block.head}#", count) for block, count in zip(blocks, counts, strict=True)]),
             np.concatenate(sizes),
-            label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
-            splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
+            label_names=joined([_labels(block) for block in blocks]) if _any(blocks, "labels") else None,
+            splits=repeated([block.split for block in blocks]) if _any(blocks, "split") else None,
             groups=_groups(blocks),
             columns=_columns(blocks),
             notes=(
@@ -193,22 +207,42 @@ class ArraysSource:
             label_paths=False,
             paths=paths,
         )
+        states = repeated([None if block.seen is None else block.seen.state for block in blocks])
+        starts = np.cumsum([0, *counts])
+        are_young = [block.seen is not None and block.seen.young for block in blocks]
+        young = [np.arange(starts[at], starts[at + 1]) for at, is_young in enumerate(are_young) if is_young]
+        listing = listing.with_young(states, np.concatenate([np.zeros(0, np.int64), *young]))
         return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""
+        """Return extension and bytes of one row; OSError if its file cannot be read or has fewer rows by now (the next read reopens it)."""
         head, _, row = source.rpartition("#")
         try:
             return (self._rows.get(head) or self._open(head))(int(row))
         except OSError:
             self._rows.pop(head, None)
             raise
+        except IndexError:
+            self._rows.pop(head, None)
+            gone = f"it has no row {row} any more: it was written again after it was listed, so run the same command again"
+            raise OSError(errno.EIO, gone, head) from None
+
+    def read_states(self, sources: Sequence[str]) -> list[str | None]:
+        """Return the states of the files of these rows, which were read, as they are now (of compressed ones, when they were inflated)."""
+        heads = [source.rpartition("#")[0] for source in sources]
+        known = {head: self._state(head) for head in set(heads)}
+        return [known[head] for head in heads]
+
+    def _state(self, head: str) -> str | None:
+        found = self._found.get(head)
+        return None if found is None else self._files.state(self._file_and_array(head)[0], found())
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
         name, array = self._file_and_array(head)
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
-        self._rows[head] = found = row_writer(file.rows(array), self._spec.store_as, head, lengths)
+        rows, self._found[head] = file.rows(array)
+        self._rows[head] = found = row_writer(rows, self._spec.store_as, head, lengths)
         return found
 
     def _file_and_array(self, head: str) -> tuple[str, str]:
@@ -416,7 +450,7 @@ class ArraysSource:
             raise DataError(f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set {key} to one of these")
         return same[0]
 
-    def _label_names(self, name: str, array: str, samples: Array, of: str) -> list[str]:
+    def _label_names(self, name: str, array: str, samples: Array, of: str) -> Texts:
         where = f"{name} (array {array!r})" if array else name
         return class_names(require_rows(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
 
@@ -444,6 +478,10 @@ class ArraysSource:
                 raise DataError(f"{where} (array {name!r}) gives the column {twice[0]!r}, as another array does: rename one of them")
             found |= new
         return found
+
+
+def _labels(block: _Block) -> Texts:
+    return Texts.coded([""], np.zeros(len(block.array), np.int32)) if block.labels is None else block.labels
 
 
 def _any(blocks: list[_Block], what: str) -> bool:

@@ -6,7 +6,7 @@ deflated, since deflate output differs between zlib builds (a 32x32 image takes 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from aecore.data.format.png import StoredPng
 from aecore.data.sources import Listing
 from aecore.errors import DataError
+from aecore.native.texts import Texts
 from aecore.registry import SOURCES, knob, spec
 
 SUBPIXELS = 4
 RADIUS = (0.10, 0.22)  # of the smallest and the largest scale, in image sides; every sprite is inside the image
 FACTORS = ("shape", "scale", "orientation", "x", "y")
+STATE = "1"  # another one would say that the images of a name are drawn in another way
 Mask = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
 
 
@@ -68,13 +70,17 @@ class SpritesSource:
         columns = {f"factor_{name}": row.astype(np.int32) for name, row in zip(FACTORS, factors, strict=True)}
         if self._spec.orientations == 1:
             del columns["factor_orientation"]
-        labels = [names[k] for k in factors[0].tolist()]
+        labels = Texts.coded(names, factors[0])
         sizes = np.full(wanted, len(self.read(keys[0])[1]), dtype=np.int64)
-        return Listing(keys, list(keys), sizes, label_names=labels, columns=columns)
+        return Listing(keys, keys, sizes, label_names=labels, columns=columns, states=Texts.coded([STATE], np.zeros(wanted, np.int32)))
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Draw one image; DataError if the name is not one of this grid."""
         return "png", self._png(self.draw(*self._factors(source)))
+
+    def read_states(self, sources: Sequence[str]) -> list[str]:
+        """Return the states of these images: they are never drawn in another way."""
+        return [STATE] * len(sources)
 
     def draw(self, shape: str, scale: int, orientation: int, x: int, y: int) -> NDArray[np.uint8]:
         """Return `[size, size]` grey values: 255 inside the shape, 0 outside, in between on its edge."""

@@ -9,6 +9,7 @@ A sample that cannot be used (no image, several images, a link that leads nowher
 with the reason, for the quarantine; so is every sample of a tar that is broken, if `source.bad_tars=skip`.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,14 +25,14 @@ from numpy.typing import NDArray
 from aecore.artifact.documents import parse_json
 from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
-from aecore.data.sources import Listing
+from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
-from aecore.data.sources._names import split_of
+from aecore.data.sources._names import file_of, split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
@@ -48,7 +49,7 @@ from aecore.data.sources._tar_samples import (
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import SOURCES, flatten, knob, spec
-from aecore.store import TAR_ENDINGS, trim_cache
+from aecore.store import TAR_ENDINGS, Seen, trim_cache
 
 MAX_TEXT_BYTES, MAX_OPEN = 1 << 20, 64
 MOST_PATHS = 1000  # to values of json members, for an error
@@ -98,6 +99,7 @@ class WebdatasetSpec:
     exclude: tuple[str, ...] | str = knob((), "globs of the members, their folders or the tars to leave out, such as '*_mask.png'", since=2)
     min_size: int = knob(0, "bytes that the image or array of a sample has at least: smaller ones are left out", ge=0, since=2)
     limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all tars", ge=1, since=2)
+    name: str = knob("", NAME_HELP, identity=False, since=2)
     tars: Literal[1, 2] = knob(
         2, "rules by which members become samples; 1: those of datasets that were begun before there were others", since=2, absent=1
     )
@@ -108,6 +110,7 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
+        require_name(self.name)
         twice = [name for name, count in Counter(map(_title, dict.fromkeys(self.columns))).items() if count > 1]
         if twice:
             field = twice[0].removeprefix(_OF_JSON)
@@ -133,7 +136,7 @@ class _Columns:
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
         self.tars, self.members = list[str](), list[str]()
-        self.sizes = list[int]()
+        self.sizes, self.states = list[int](), list[Seen | None]()
         self.unusable = list[BadSample | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped = Skipped()
@@ -156,6 +159,7 @@ class WebdatasetSource:
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
+        self._states = dict[str, str | None]()  # of tars that were read and are not open any more, after that
         self.compressed: dict[str, str] = {}
 
     @property
@@ -173,9 +177,16 @@ class WebdatasetSource:
     def close(self) -> None:
         """Close all tars; their copies in the cache that are above its bound go."""
         while self._open:
-            self._open.popitem()[1].close()
+            self._close_first()
         if self._found is not None and self._found.files.room is not None:
             trim_cache()
+
+    def _close_first(self) -> None:
+        name, tar = self._open.popitem(last=False)
+        self._states[name] = None
+        with contextlib.suppress(OSError):
+            self._states[name] = tar.state()
+        tar.close()
 
     def listing(self) -> Listing:
         """List every sample, tar by tar, after parsing all headers.
@@ -208,6 +219,7 @@ class WebdatasetSource:
             paths=found.members,
             unusable=found.unusable if any(found.unusable) else None,
         )
+        listing = listing.with_states(found.states)
         names = [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)]
         listing = with_limit(listing, self._spec.limit, self._spec.group, names)
         if self._spec.frames != "all":
@@ -223,6 +235,18 @@ class WebdatasetSource:
         """
         return self._frame(source) if self._spec.frames == "all" else self._member(source)
 
+    def read_states(self, sources: Sequence[str]) -> list[str | None]:
+        """Return the states of the tars of these samples, which were read, as they are now (compressed: when inflated)."""
+        names = map(file_of, sources) if self._spec.frames == "all" else sources
+        tars = [parse_source(name)[0] for name in names]
+        known = {tar: self._state(tar) for tar in set(tars)}
+        return [known[tar] for tar in tars]
+
+    def _state(self, tar: str) -> str | None:
+        if tar in self._open:
+            return self._open[tar].state()
+        return self._states.get(tar) or self.tars.files.state(tar)
+
     def bound_pixels(self, most: int) -> None:
         """Decode no frame of more pixels."""
         self._frame.max_pixels = most
@@ -232,7 +256,7 @@ class WebdatasetSource:
         if tar not in self._open:
             room, sizes = self.tars.files.room, [tar.size for tar in self._open.values()]
             while sizes and (len(sizes) >= MAX_OPEN or (room is not None and sum(sizes) + max(sizes) > room)):  # one more like the largest
-                self._open.popitem(last=False)[1].close()
+                self._close_first()
                 del sizes[0]
             self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
@@ -290,6 +314,10 @@ class WebdatasetSource:
     def _list(self, found: _Columns, name: str) -> None:
         if parse_source(f"{name}#0+0#0.png")[0] != name:
             raise DataError(f"{self.tars.files.url}/{name!r} has a name like that of a sample in a tar: rename it")
+        try:
+            seen = self.tars.files.seen(name)
+        except OSError:  # `_tar` says so
+            seen = None
         tar = self._tar(name)
         try:
             if tar.compression is not None:
@@ -308,6 +336,7 @@ class WebdatasetSource:
             if broken is not None:
                 rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), BadSample("broken_tar", str(broken)))
                 self._add(found, rest, tar, place, rest.bad)
+            found.states += [seen] * (len(found.keys) - len(found.states))
         finally:
             tar.close()
 
@@ -462,7 +491,7 @@ def parse_source(source: str) -> tuple[str, Member]:
 
 def _title(name: str) -> str:
     """Return the column of the index that a field of the json member becomes."""
-    return f"{_OF_JSON}{name}" if name in INDEX_SCHEMA.names else name
+    return f"{_OF_JSON}{name}" if name in (*INDEX_SCHEMA.names, SOURCE_SHA256) else name
 
 
 def _require_text(name: str, value: Field) -> None:

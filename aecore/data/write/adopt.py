@@ -21,7 +21,7 @@ from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
 from aecore.data.dataset import read_listings
 from aecore.data.format.index import MEMBERS, content_sha256
-from aecore.data.manifest import DatasetManifest
+from aecore.data.manifest import DatasetManifest, ShardRef
 from aecore.data.sources import Listing, Source
 from aecore.data.sources._tar_samples import ARCHIVED
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
@@ -110,7 +110,7 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, lis
     """
     assert isinstance(source, WebdatasetSource)
     tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
-    refs = {_place(resolve_url(store.url, shard.tar_base_url), shard.tar.name): shard.tar for shard in parent.shards if shard.tar_base_url}
+    refs = _adopted(store, parent.shards)
     changed = dict[str, str]()
     for name, size in tars.sizes().items():
         known = refs.get(_place(tars.files.url, name))
@@ -134,6 +134,27 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, lis
         )
 
 
+class AdoptedTars:
+    """The tars that a dataset has adopted, as it has them, and as they are now (see `follow.Tars`)."""
+
+    def __init__(self, store: Store, parent: DatasetManifest, source: Source) -> None:
+        assert isinstance(source, WebdatasetSource)
+        self._tars = source.tars
+        self._known = _adopted(store, [shard for shard in parent.shards if shard.live])
+
+    def of(self, sources: Any) -> list[str]:  # any: pyarrow's stubs know no types of values
+        """Return the tar of each sample."""
+        return files_of(sources.to_pylist())
+
+    def changed(self, names: set[str]) -> set[str]:
+        """Return those of these tars that have other bytes than when they were indexed, or of which no sample is in a shard."""
+        sizes = self._tars.sizes()
+        return {name for name in names if not self._is(name, sizes.get(name), self._known.get(_place(self._tars.files.url, name)))}
+
+    def _is(self, name: str, size: int | None, known: FileRef | None) -> bool:
+        return known is not None and size == known.bytes and _tar_ref(self._tars.files, name).sha256 == known.sha256
+
+
 def _moved(known: pa.Table, asked: pa.Table, whole: Collection[str]) -> dict[str, str]:
     """Return which tars have known samples in other places than when they were adopted; of the `whole` ones all are listed again."""
     places = _sources(known)
@@ -155,6 +176,11 @@ def _sources(table: Any) -> dict[str, str]:  # any: pyarrow's stubs take every v
 def _shown_place(source: str) -> str:
     tar, member = parse_source(source)
     return f"{tar} byte {member.offset}"
+
+
+def _adopted(store: Store, shards: Sequence[ShardRef]) -> dict[str, FileRef]:
+    """Return the tars that shards were adopted from, by where they are."""
+    return {_place(resolve_url(store.url, shard.tar_base_url), shard.tar.name): shard.tar for shard in shards if shard.tar_base_url}
 
 
 def _place(url: str, name: str) -> str:

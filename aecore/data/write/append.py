@@ -5,7 +5,7 @@ A sample is identified by its key; its size and its address tell whether it is u
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from aecore.data.sources._filter import within_limit
 from aecore.data.sources._names import FRAME_ENDING
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import DataError, counted
+from aecore.native.texts import Texts
 from aecore.store import Store
 from aecore.threads import map_ordered
 
@@ -65,7 +66,7 @@ def warn_of_orphans(store: Store, stems: Collection[str], *, adopted: bool = Fal
 
 def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
     """Log a warning if samples of `listing` are known from another address: only key and size identify them."""
-    url, keys = getattr(source, "url", None), pa.array(listing.keys, pa.string())
+    url, keys = getattr(source, "url", None), Texts.of(listing.keys).column().combine_chunks()
     counts: Counter[str] = Counter()
     for ref in parent.listings:
         claim = f"run.{ref.name.removeprefix('listings/').removesuffix('.parquet')}.json"
@@ -197,11 +198,13 @@ def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64])
     """Raise DataError if new samples belong to an existing bag: a bag is contiguous in one shard, and shards are not rewritten."""
     if listing.groups is None or len(fresh) == len(listing):
         return
+    codes, groups = Texts.of(listing.groups).codes()
     is_new = np.zeros(len(listing), np.bool_)
     is_new[fresh] = True
-    known = {listing.groups[row] for row in np.flatnonzero(~is_new).tolist()}
-    grown = [row for row in fresh.tolist() if listing.groups[row] in known]
-    if grown:
+    is_known = np.zeros(len(groups), np.bool_)
+    is_known[codes[~is_new]] = True
+    grown = fresh[is_known[codes[fresh]]]
+    if len(grown):
         what = counted(len(grown), "new sample belongs", "new samples belong")
         raise DataError(
             f"{what} to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} "
@@ -209,10 +212,10 @@ def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64])
         )
 
 
-def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dict[str, int]:
+def _stored_sizes(store: Store, parent: DatasetManifest, keys: Sequence[str]) -> dict[str, int]:
     """Return the stored bytes of these samples: a file that grew between listing and reading was stored whole."""
     sizes: dict[str, int] = {}
-    wanted = pa.array(keys, pa.string())
+    wanted = Texts.of(keys).column().combine_chunks()
     for shard in parent.shards:
         where = f"{store.url}/{shard.index.name}"
         index = read_table(store.read(shard.index.name, ref=shard.index), where, shard.samples).select(["key", "members"])

@@ -8,20 +8,20 @@ import contextlib
 import itertools
 import os
 from collections.abc import Generator
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
-from aecore.data.format.tar import BLANK, BLOCK, TarPacker, joined_names, plain_names, stored_size
+from aecore.data.format.tar import BLANK, BLOCK, TarPacker, joined_names, plain_sizes, stored_size
 from aecore.data.sources import Source, file_root
 from aecore.data.write.spec import ShardTask
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash
 from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
-from aecore.store import close_read, read_again
+from aecore.native.texts import Texts
+from aecore.store import STATE_BYTES, close_read, read_again
 
 Int64s = NDArray[np.int64]
 BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = (
@@ -39,13 +39,10 @@ class PlainFiles:
     ----------
     blocks : `[B+1]` int64
         The first sample of each block, and their number.
-    exts : list of str
-        The extension of each file that may be plain, "" for others.
     """
 
-    def __init__(self, root: Path, task: ShardTask, exts: list[str], names: str) -> None:
-        self._root = root
-        self.exts = exts
+    def __init__(self, root: Path, task: ShardTask, exts: list[str], names: BytesColumn) -> None:
+        self._root, self._exts = root, exts
         labelled = np.zeros(len(task), bool) if task.labels is None else task.labels >= 0
         self._labels = np.full(len(task), -1, np.int32) if task.labels is None else np.ascontiguousarray(task.labels)
         self._starts = exclusive_cumsum(stored_size(task.sizes) + 2 * BLOCK * labelled)
@@ -55,8 +52,13 @@ class PlainFiles:
         self.blocks = np.array([0, *(stop for _, stop in runs)], np.int64)
         plain = (np.diff(self._starts) <= MOST_BYTES) & (True if all(exts) else np.array([ext != "" for ext in exts]))
         self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.blocks[:-1]))
-        self._paths = BytesColumn.from_texts(os.fsencode("\0".join(task.sources) + "\0"))
-        self._names = BytesColumn.from_texts(names.encode())
+        self._paths = _paths(Texts.of(task.sources))
+        self._names = names
+        self._states = None if task.states is None else _state_texts(Texts.of(task.states))
+
+    def exts_of(self, start: int, stop: int) -> list[str]:
+        """Return the extension of each of these files that may be plain, "" for others."""
+        return self._exts * (stop - start) if len(self._exts) == 1 else self._exts[start:stop]
 
     @contextlib.contextmanager
     def builder(self, block: int, most: int, packer: TarPacker, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
@@ -73,11 +75,30 @@ class PlainFiles:
         folder = read_again(lambda: os.open(self._root, os.O_RDONLY | os.O_DIRECTORY), str(self._root))
         try:
             texts, blocks = (self._paths[rows], self._names[rows]), self.blocks[block : last + 1] - first
-            files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK)
+            states = None if self._states is None else self._states[rows]
+            files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK, states)
             with open_tar_builder(files, stream, bytes(packer.rest)) as builder:
                 yield builder
         finally:
             close_read(folder)
+
+
+def _paths(sources: Texts) -> BytesColumn:
+    """Return the names of files, as their bytes are, each with a zero byte after it."""
+    if sources.is_utf8():
+        return BytesColumn.concat([*sources.terminated()])
+    return BytesColumn.from_texts(os.fsencode("\0".join(sources) + "\0"))
+
+
+def _state_texts(states: Texts) -> NDArray[np.uint8]:
+    """Return states as `[n, STATE_BYTES]` characters; one that is not known, or is none of a local file, as others than any file's."""
+    columns = [*states.terminated("")]
+    if all((column.sizes == STATE_BYTES).all() for column in columns):  # nearly always
+        found = np.concatenate([column.data[column.begins[0] : column.ends[-1]] for column in columns])
+        if found.max(initial=0) < 128:
+            return found.reshape(-1, STATE_BYTES)
+    joined = "".join(state if state and len(state) == STATE_BYTES and state.isascii() else "?" * STATE_BYTES for state in states)
+    return np.frombuffer(joined.encode(), np.uint8).reshape(-1, STATE_BYTES)
 
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
@@ -85,9 +106,15 @@ def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
     root = file_root(source) if task.shards.keeps_bytes and task.unusable is None and len(task) else None
     if root is None:
         return None
-    exts = list(map(_ENDINGS.get, map(itemgetter(slice(-4, None)), task.sources), itertools.repeat("")))
+    ending = Texts.of(task.sources).ending(4)
+    exts = list(map(_ENDINGS.get, (source[-4:] for source in task.sources), itertools.repeat(""))) if ending is None else []
+    exts = exts if ending is None else [_ENDINGS.get(ending, "")]
     if not any(exts):
         return None
-    different = exts[:1] if len(set(exts)) == 1 else exts
-    names = joined_names(task.keys, different)
-    return PlainFiles(root, task, exts, names) if plain_names(task.keys, different, names) else None
+    keys = Texts.of(task.keys)
+    if len({*exts}) == 1:
+        names = BytesColumn.concat([*keys.terminated(f".{exts[0]}\0", inside=True)])
+    else:
+        names = BytesColumn.from_texts(joined_names([*keys], exts).encode())
+    is_plain = keys.are_ascii() and np.count_nonzero(names.data == 0) == len(keys) and plain_sizes(names.sizes, exts)
+    return PlainFiles(root, task, exts, names) if is_plain else None

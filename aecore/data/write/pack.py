@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.image import image_header
-from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
+from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, SOURCE_SHA256, make_table
 from aecore.data.format.limits import exclusive_cumsum
 from aecore.data.format.record import Header
 from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
-from aecore.data.sources import Source, bound_pixels, reader
+from aecore.data.sources import Source, bound_pixels, read_states, reader, take
 from aecore.data.write.fast_path import PlainFiles, plain_files
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash, sha256s
 from aecore.native.tar_builder import TarBuilder
+from aecore.native.texts import Texts
 from aecore.store._direct import DiskWriter
 from aecore.threads import BackgroundCall
 
 Int64s = NDArray[np.int64]
-T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
 CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # after this many consecutive blocks that are not plain, the fast path is no longer tried
 _MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
@@ -54,6 +54,8 @@ class ShardWriter:
         self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
+        self._changed: list[int] = []  # positions of samples whose states, after they were read, are not the listed ones
+        self._source_digests: list[bytes] = []  # of samples that may be converted
         self._unread: dict[int, tuple[str, str, str]] = {}  # position -> stage, reason and message of samples that are bad unread
 
     def write(self, path: Path, source: Source) -> None:
@@ -68,7 +70,7 @@ class ShardWriter:
                 taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, most, packer, file)
                 block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
                 if taken < most and block < num_blocks:  # this one is not plain
-                    self._write_checked(bounds[block], bounds[block + 1], read, packer, file)
+                    self._write_checked(bounds[block], bounds[block + 1], source, read, packer, file)
                     block += 1
                 most = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
             end = packer.end()
@@ -79,10 +81,10 @@ class ShardWriter:
         """Read, check and hash all samples without writing them."""
         position, read = 0, reader(source, self._to_read())
         while position < len(self.task):
-            samples, position = self._checked(position, len(self.task), read)
+            samples, position = self._checked(position, len(self.task), source, read)
             self._digests.append(sha256s(samples.contents))
 
-    def _to_read(self) -> list[str]:
+    def _to_read(self) -> Sequence[str]:
         """Return the samples to read: not those that the source said to be unusable, nor those of more bytes than a member may have."""
         sources, sizes = self.task.sources, self.task.sizes
         for position in np.flatnonzero(sizes > MAX_MEMBER_BYTES).tolist():
@@ -93,11 +95,11 @@ class ShardWriter:
                 self._unread[position] = "list", why.reason, why.message
         return [name for position, name in enumerate(sources) if position not in self._unread] if self._unread else sources
 
-    def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
+    def _write_checked(self, first: int, stop: int, source: Source, read: Read, packer: TarPacker, file: DiskWriter) -> None:
         """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
         with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
-                samples, first = self._checked(first, stop, read)
+                samples, first = self._checked(first, stop, source, read)
                 pages = packer(samples)
                 hashing(pages, samples)
                 writing(pages)
@@ -112,7 +114,7 @@ class ShardWriter:
             if builder is None:
                 return 0
             while (rows := builder.next_block()) is not None:
-                headers = self._headers_of(builder, rows, files.exts[first + rows.start : first + rows.stop])
+                headers = self._headers_of(builder, rows, files.exts_of(first + rows.start, first + rows.stop))
                 if headers is None:
                     break
                 builder.submit()
@@ -126,6 +128,7 @@ class ShardWriter:
                 file.pages(builder.finished_pages())
                 builder.release()
         done = builder.files.blocks[builder.submitted]
+        self._changed += (first + np.flatnonzero(builder.changed[:done])).tolist()
         self._digests.append(builder.digests[:done])
         packer.size = int(builder.files.starts[done])
         packer.rest = builder.tail[: packer.size % PAGE].tobytes()
@@ -146,13 +149,13 @@ class ShardWriter:
         headers = [self._known[key] for key in keys]
         return headers if all(header.ext == ext for header, (_, ext) in zip(headers, keys, strict=True)) else None
 
-    def _checked(self, first: int, last: int, read: Read) -> tuple[Samples, int]:
+    def _checked(self, first: int, last: int, source: Source, read: Read) -> tuple[Samples, int]:
         """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
         from aecore.data.write.convert import prepare  # and all decoders: plain images in files need none
 
         free = CHUNK_BYTES
-        sources, shards = self.task.sources, self.task.shards
-        keys, labels = self.task.keys, self.task.labels
+        sources, shards = self._names[1], self.task.shards
+        keys, labels = self._names[0], self.task.labels
         frames: Any = getattr(self.task.source, "frames", "first")  # any: a Literal; sources of arrays have none
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
@@ -162,6 +165,7 @@ class ShardWriter:
             data: bytes | None = None
             try:
                 ext, data = read(sources[position])
+                given = data
                 header, data = prepare(data, ext, shards, frames, self.ranged)
             except BadSample as bad:
                 digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
@@ -175,14 +179,40 @@ class ShardWriter:
             codes.append(self.headers.setdefault(header, len(self.headers)))
             exts.append(header.ext)
             contents.append(data)
+            if self._hashes_source:
+                self._source_digests.append(hashlib.sha256(given).digest())
             free -= len(data) + 2 * BLOCK
             if free < 0:
                 last = position + 1
                 break
+        self._compare_states(source, [position for position in range(first, last) if position not in self._unread])
         column = BytesColumn.from_bytes(contents)
         self._good.append((np.array(positions, np.int64), np.array(codes, np.int64), column.sizes))
         good = [keys[position] for position in positions]
         return Samples(good, exts, column, None if labels is None else labels[positions]), last
+
+    @property
+    def _hashes_source(self) -> bool:
+        return self.task.shards.converts and self.task.source_hashes
+
+    @cached_property
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Keys and sources of samples that are read one by one."""
+        return Texts.of(self.task.keys).tolist(), Texts.of(self.task.sources).tolist()
+
+    def _compare_states(self, source: Source, positions: list[int]) -> None:
+        """Compare the states of samples that were just read with the listed ones."""
+        listed = self.task.states
+        if listed is not None:
+            at = np.array(positions, np.int64)
+            states = read_states(source, [*take(self.task.sources, at)])
+            changed = zip(positions, states, take(listed, at), strict=True)
+            self._changed += [position for position, state, before in changed if state != before]
+
+    def unsettled(self) -> list[int]:
+        """Return the ordinals of the samples that may have been read in another state than the one that a later listing shows, sorted."""
+        unknown = [] if self.task.states is None else Texts.of(self.task.states).missing()
+        return sorted(self.task.ordinals[sorted({*self._changed, *unknown})].tolist())
 
     @cached_property
     def good(self) -> tuple[Int64s, Int64s, Int64s]:
@@ -191,28 +221,33 @@ class ShardWriter:
         positions, codes, sizes = (np.concatenate([np.zeros(0, np.int64), *column]) for column in columns)
         return positions, codes, sizes
 
+    def digests(self) -> list[str]:
+        """Return the sha256 of each good sample, as it is stored."""
+        return [bytes(row).hex() for digests in self._digests for row in digests]
+
     def index(self) -> pa.Table:
         """Return the index of the good samples."""
         task, (rows, codes, sizes) = self.task, self.good
-        positions = rows.tolist()
         at: Any = pa.array(codes)  # any: pyarrow's stubs take it for booleans
         labels = None if task.labels is None else task.labels[rows]
         headers = list(self.headers)
         columns: dict[str, Any] = {  # any: lists and arrays
-            "key": _strings(_select(task.keys, positions)),
+            "key": _select(task.keys, rows),
             "ordinal": task.ordinals[rows],
             "label": None if labels is None else pa.array(labels, pa.int32(), mask=labels < 0),
-            "label_name": _select(task.label_names, positions),
-            "source": _strings(_select(task.sources, positions)),
+            "label_name": _select(task.label_names, rows),
+            "source": _select(task.sources, rows),
             "sha256": _split_text(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
-            "members": _members([header.ext for header in headers], codes, sizes, labels),
+            "members": members_column([header.ext for header in headers], codes, sizes, labels),
             "width": pa.array([header.width for header in headers], pa.int32()).take(at),
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
             "mode": pa.array([header.mode for header in headers], pa.string()).take(at),
-            "group": _select(task.groups, positions),
+            "group": _select(task.groups, rows),
             "length": pa.array([header.length for header in headers], pa.int32()).take(at),
         }
-        columns |= {name: values[rows] for name, values in task.columns.items()}
+        if self._hashes_source:
+            columns[SOURCE_SHA256] = _split_text(b"".join(self._source_digests).hex(), np.full(len(rows), 64))
+        columns |= {name: values.take(rows) for name, values in task.columns.items()}
         return make_table(INDEX_SCHEMA, columns, len(rows))
 
     def counts(self) -> dict[str, Any]:
@@ -223,25 +258,30 @@ class ShardWriter:
         for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True):
             formats[header.format_text] += count
             extensions[header.ext] += count
-        positions, labels = rows.tolist(), self.task.labels
-        names = _select(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
-        groups = _select(self.task.groups, positions)
-        bags = {} if groups is None else {"groups": len(set(groups))}
+        labels, names = self.task.labels, _select(self.task.label_names, rows)
+        if names is None:
+            classes = Counter(map(str, () if labels is None else labels[rows].tolist()))
+        else:
+            numbers, different = names.codes()
+            classes = Counter(dict(zip(different, np.bincount(numbers, minlength=len(different)).tolist(), strict=True)))
+        groups = _select(self.task.groups, rows)
+        bags = {} if groups is None else {"groups": len(groups.distinct())}
         several = sum(count for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True) if header.frames > 1)
         return {
             "bytes": self.hash.size,
             "shapes": dict(formats),
             "extensions": dict(extensions),
-            "classes": dict(Counter(names)),
+            "classes": dict(classes),
             **bags,
         } | {name: value for name, value in (("first_frames", several), ("value_range", dict(self.ranged))) if value}
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""
         positions, stages, reasons, messages, hashes = (list(column) for column in zip(*self.bad, strict=True))
+        rows = np.array(positions, np.int64)
         columns = {
-            "source": _select(self.task.sources, positions),
-            "key": _select(self.task.keys, positions),
+            "source": _select(self.task.sources, rows),
+            "key": _select(self.task.keys, rows),
             "ordinal": self.task.ordinals[positions],
             "split": [self.task.split] * len(positions),
             "stage": stages,
@@ -252,13 +292,7 @@ class ShardWriter:
         return make_table(QUARANTINE_SCHEMA, columns, len(positions))
 
 
-def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs do not give the type
-    """Return the strings as an array, or unchanged if one is not ASCII: half the time of pyarrow's own conversion."""
-    joined = "".join(values)
-    return _split_text(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
-
-
-def _split_text(joined: str, lengths: Int64s) -> Any:  # any: as above
+def _split_text(joined: str, lengths: Int64s) -> Any:  # any: pyarrow's stubs do not give the type
     """Return the consecutive strings of these lengths in `joined`, which is ASCII, as an array."""
     offsets = exclusive_cumsum(lengths)
     if offsets[-1] > _MOST_TEXT:
@@ -266,21 +300,11 @@ def _split_text(joined: str, lengths: Int64s) -> Any:  # any: as above
     return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(offsets.astype(np.int32).data), pa.py_buffer(joined.encode()))
 
 
-@overload
-def _select(values: list[T], positions: list[int]) -> list[T]: ...
+def _select(values: Sequence[str] | None, rows: Int64s) -> Texts | None:
+    return None if values is None else Texts.of(values) if len(values) == len(rows) else Texts.of(values).take(rows)  # nearly always all
 
 
-@overload
-def _select(values: list[T] | None, positions: list[int]) -> list[T] | None: ...
-
-
-def _select(values: list[T] | None, positions: list[int]) -> list[T] | None:
-    if values is None or len(values) == len(positions):  # nearly always all of them
-        return values
-    return [values[position] for position in positions]
-
-
-def _members(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
+def members_column(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
     """Return a list array of ext, offset and size of every member, in the order and at the offsets that `ShardWriter` wrote.
 
     `exts[codes]` are the extensions of the data members.

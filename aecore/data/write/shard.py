@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ import pyarrow as pa
 from aecore.artifact.commit import PartRecord, damage_of_part, put_or_adopt, read_record, require_counts, write_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.form import form_problems
-from aecore.data.format.index import INDEX_FORM, content_sha256, read_table, table_bytes
+from aecore.data.format.index import INDEX_FORM, content_sha256, read_table, table_bytes, write_table
 from aecore.data.format.parquet import same_footers
+from aecore.data.format.spill import is_large
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError, counted
@@ -32,7 +34,30 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
+class Handed:
+    """Indexes and quarantines of shards, for the process that wrote them: it need not read them again. Another process gets none."""
+
+    def __init__(self, *, here: bool = True) -> None:
+        self._here, self._tables = here, dict[str, dict[str, pa.Table]]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _elsewhere, ()
+
+    def put(self, stem: str, folder: str, table: pa.Table) -> None:
+        """Hand over the table of a part that is in this folder."""
+        if self._here:
+            self._tables.setdefault(stem, {})[folder] = table
+
+    def take(self, stem: str) -> Mapping[str, pa.Table]:
+        """Return the tables of a part by their folder, and forget them."""
+        return self._tables.pop(stem, {})
+
+
+def _elsewhere() -> Handed:
+    return Handed(here=False)
+
+
+def pack_shard(store: Store, task: ShardTask, source: "Source", handed: Handed | None = None) -> Commit:
     """Pack one shard and return the call that commits it; an earlier attempt's record is returned as it is (a rerun).
 
     Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the existing record is of another task;
@@ -53,26 +78,38 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
                 task.stem,
                 unchecked,
             )
-        return functools.partial(_commit, store, writer, staged, stack.pop_all(), time.perf_counter() - started)
+        handed = handed or Handed(here=False)
+        return functools.partial(_commit, store, writer, staged, stack.pop_all(), time.perf_counter() - started, handed)
 
 
-def _commit(store: Store, writer: ShardWriter, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
+def _commit(store: Store, writer: ShardWriter, staged: Path, release: contextlib.ExitStack, pack_s: float, handed: Handed) -> PartRecord:
     started = time.perf_counter()
     with release:
-        files, detail = _put_shard(store, writer, staged) if len(writer.good[0]) else ([], {})
-    return record_shard(store, writer, files, detail, pack_s, started)
+        files, detail = _put_shard(store, writer, staged, handed) if len(writer.good[0]) else ([], {})
+    return record_shard(store, writer, files, detail, pack_s, started, handed)
 
 
 def record_shard(
-    store: Store, writer: ShardWriter, files: list[FileRef], detail: dict[str, Any], pack_s: float, started: float
+    store: Store,
+    writer: ShardWriter,
+    files: list[FileRef],
+    detail: dict[str, Any],
+    pack_s: float,
+    started: float,
+    handed: Handed | None = None,
 ) -> PartRecord:  # any: plain JSON data
     """Commit the quarantine and the record of a shard whose `files` are committed."""
     task = writer.task
     if writer.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
-        files.append(put_table(store, name, writer.quarantine(), metadata, "quarantine"))
+        table = writer.quarantine()
+        files.append(put_table(store, name, table, metadata, "quarantine"))
+        if handed is not None:
+            handed.put(task.stem, "quarantine", table)
     detail |= place_of(task) | {"samples": len(writer.good[0]), "quarantined": len(writer.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
+    if unsettled := writer.unsettled():
+        detail["unsettled"] = unsettled
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
     _log.info(
         "shard %s: %s, %d quarantined, %.2f s",
@@ -122,7 +159,7 @@ def recorded_shard(store: Store, task: ShardTask) -> PartRecord | None:
     return known
 
 
-def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:
+def _put_shard(store: Store, writer: ShardWriter, staged: Path, handed: Handed) -> tuple[list[FileRef], dict[str, Any]]:
     """Commit the tar, then the index, which is built while the tar is written to the disk (fsync).
 
     In this order, because an index without its tar would bind a rerun to samples that may have changed since.
@@ -133,18 +170,36 @@ def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[Fi
         index = writer.index()
         detail = {"content_sha256": content_sha256(index), **writer.counts()}
         tar, _ = committing.result()
+    handed.put(stem, "shards", index)
     metadata = {"format": 1, "split": writer.task.split, "stem": stem, "tar_sha256": sha256}
     return [tar, put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 
 
-def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
-    """Commit a table; an earlier attempt's file that says the same (another Parquet version wrote other bytes) is kept."""
-    content = table_bytes(table, metadata)
+def put_table(
+    store: Store,
+    name: str,
+    table: pa.Table,
+    metadata: dict[str, Any],
+    role: str,
+    accepts: Callable[[pa.Table], bool] = lambda there: False,
+) -> FileRef:
+    """Commit a table; an earlier attempt's file that says the same (another Parquet version wrote other bytes) is kept.
 
-    def says_the_same(there: FileRef, data: bytes) -> bool:
-        known, buffer = read_table(data, f"{store.url}/{there.name}"), pa.py_buffer(data)
-        if content_sha256(known) != content_sha256(table):
-            return False
-        return same_footers(pa.py_buffer(content), buffer) and not form_problems(buffer, known, INDEX_FORM)
+    So is one whose rows `accepts`, if it is written as this one would be.
+    """
+    with contextlib.ExitStack() as stack:
+        content: bytes | Path
+        if is_large(len(table)):
+            content = stack.enter_context(store.stage())
+            write_table(table, metadata, content)
+        else:
+            content = table_bytes(table, metadata)
 
-    return put_or_adopt(store, name, content, role=role, accepts=says_the_same)[0]
+        def says_the_same(there: FileRef, data: bytes) -> bool:
+            known, buffer = read_table(data, f"{store.url}/{there.name}"), pa.py_buffer(data)
+            if content_sha256(known) == content_sha256(table):
+                ours = pa.py_buffer(content.read_bytes() if isinstance(content, Path) else content)
+                return same_footers(ours, buffer) and not form_problems(buffer, known, INDEX_FORM)
+            return accepts(known.replace_schema_metadata(None)) and not form_problems(buffer, known, INDEX_FORM)
+
+        return put_or_adopt(store, name, content, role=role, accepts=says_the_same)[0]

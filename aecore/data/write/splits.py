@@ -5,7 +5,6 @@ frames of a file (`source.frames=all`) are nearly alike: together they have the 
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from aecore.data.sources import Listing, take
 from aecore.data.sources._names import file_of, split_of, split_of_folder
 from aecore.data.sources._skipped import first_of
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
+from aecore.native.texts import Texts
 from aecore.registry import knob, spec
 
 _SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems append -g000002: a split must not look like that
@@ -29,9 +29,10 @@ _SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems ap
 class SplitSpec:
     """Which sample belongs to which split (`splits.*` of a recipe)."""
 
-    by: Literal["auto", "folders", "hash", "column", "none"] = knob(
+    by: Literal["auto", "folders", "hash", "content", "column", "none"] = knob(
         "auto",
         "folders: the top folders, or the words in the names of tars (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "content: of the stored bytes, so equal ones are in one split, and new files are read once before they are written; "
         "auto: column if one is named, else folders if all of them name a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
@@ -45,6 +46,12 @@ class SplitSpec:
         absent="cut",
     )
     stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
+    leaks: Literal["warn", "drop", "refuse"] | None = knob(
+        None,
+        "samples of train whose bytes are in val or test too; drop: they leave train; refuse: no generation with equal bytes in two "
+        "splits; null: what the dataset has, warn for a new one",
+        since=2,
+    )
 
     def __post_init__(self) -> None:
         if self.val + self.test >= 1:
@@ -53,8 +60,12 @@ class SplitSpec:
             raise ConfigError(f"splits.by={self.by} with splits.column={self.column}: give both by=column and a column, or neither")
         if self.stratify and not (self.val or self.test):
             raise ConfigError("splits.stratify=true needs splits.val or splits.test above 0: the shares that every class keeps")
-        if self.by == "hash" and not (self.val or self.test):
-            raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by in ("hash", "content") and not (self.val or self.test):
+            raise ConfigError(f"splits.by={self.by} needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by == "content" and self.files == "whole":
+            raise ConfigError(
+                "splits.by=content splits by the bytes of each sample, and splits.files=whole by files: leave one of them out"
+            )
         if self.by == "none" and (self.val or self.test):
             raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
 
@@ -67,17 +78,19 @@ def without_bad_splits(listing: Listing, splits: SplitSpec) -> Listing:
     if splits.column is not None and splits.column in listing.columns:
         what, values = f"splits.column={splits.column}", listing.columns[splits.column].tolist()
         good = [value is not None and value == value and _SPLIT_NAME.fullmatch(str(value)) is not None for value in values]
+        wrong = [row for row, is_good in enumerate(good) if not is_good]
     elif splits.by == "folders" and listing.splits is not None:
-        what, values = "its top folder", listing.splits
-        names = {top: not top or _SPLIT_NAME.fullmatch(split_of_folder(top) or top) is not None for top in set(values)}
-        good = list(map(names.__getitem__, values))
+        what, values = "its top folder", Texts.of(listing.splits)
+        codes, tops = values.codes()
+        names_none = [top != "" and _SPLIT_NAME.fullmatch(split_of_folder(top) or top) is None for top in tops]
+        wrong = np.flatnonzero(np.array(names_none, np.bool_)[codes]).tolist()
     else:
         return listing
-    unusable = list[BadSample | None](listing.unusable or [None] * len(listing))
-    usable = [row for row, why in enumerate(unusable) if why is None]
-    bad = [row for row in usable if not good[row]]
-    if not bad or len(bad) == len(usable):
+    known = listing.unusable
+    bad = [row for row in wrong if known is None or known[row] is None]
+    if not bad or len(bad) == (len(listing) if known is None else known.count(None)):
         return listing
+    unusable = list[BadSample | None](known or [None] * len(listing))
     for row in bad:
         text = f"{what} is {values[row]!r}, which cannot name a split (letters, digits, - and _): write the name of one"
         unusable[row] = BadSample("no_split", text)
@@ -98,15 +111,17 @@ def resolve_splits(
     that a file may be several samples: else its pages need no rule, and the identity none.
     """
     if splits.files == "auto":
-        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if frames and recorded is None else "cut"))
+        whole = frames and recorded is None and splits.by != "content"
+        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if whole else "cut"))
     if splits.by != "auto":
         return splits
     if splits.column is not None:
         return dataclasses.replace(splits, by="column")
-    tops = set(listing.splits or ()) - {""}  # files directly in the source's folder change nothing
-    all_known = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    # files directly in the source's folder change nothing
+    tops = set[str]() if listing.splits is None else {*Texts.of(listing.splits).distinct()} - {""}
+    all_known = bool(tops) and (listing.named_splits or all(split_of_folder(name) or name in known for name in tops))
     kept = (recorded or {}).get("by")
-    if kept in ("none", "hash") or (kept == "folders" and all_known):
+    if kept in ("none", "hash", "content") or (kept == "folders" and all_known):
         try:
             return dataclasses.replace(splits, by=kept)
         except ConfigError:
@@ -118,8 +133,8 @@ def resolve_splits(
 
 def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     """Return warnings about resolved `splits`: folders that look like splits and are not used, samples outside the split folders."""
-    if splits.by in ("none", "hash"):
-        folders = {key.rpartition("/")[0] for key in listing.keys}
+    if splits.by in ("none", "hash", "content"):
+        folders = {folder for keys in Texts.of(listing.keys).slices() for folder in {key.rpartition("/")[0] for key in keys}}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
         if not found:  # train_set and val_set, where a class called test_tube is none
             named = {top: split_of(top) for top in {folder.partition("/")[0] for folder in folders}}
@@ -131,14 +146,15 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
                 remedy = "put the samples of each split into files of their own that are named by it (train, val), for a new dataset"
             else:
                 remedy = "give the folder that holds nothing but split folders as source.url"
-                remedy += ", or set splits.by=folders into a new dataset" if {*found} & {*listing.splits} else ""
+                remedy += ", or set splits.by=folders into a new dataset" if {*found} & {*Texts.of(listing.splits).distinct()} else ""
             return [
                 f"folders are named like splits ({first_of(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
                 f"apart: {remedy}; if these are classes, set splits.by={splits.by} explicitly"
             ]
-    if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
+    if splits.by == "folders" and listing.splits is not None and "" in Texts.of(listing.splits).distinct():
         unusable = listing.unusable or [None] * len(listing)
         by_name = listing.paths is not None and not listing.label_paths  # the split is in the names of files that hold many samples
+        names: Sequence[str]
         if listing.paths is None or by_name:
             names = [source.partition("#")[0] if by_name else file_of(source) for source in listing.sources]
         else:
@@ -157,18 +173,36 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
 
 
 def assign_splits(
-    listing: Listing, splits: SplitSpec, names: Sequence[str] | None = None, parent: DatasetManifest | None = None
+    listing: Listing,
+    splits: SplitSpec,
+    names: Sequence[str] | None = None,
+    parent: DatasetManifest | None = None,
+    known: Mapping[str, str] | None = None,
+    contents: list[str] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
     Folders named by a word for a split are stored under its usual name, unless their own name is among the splits of the `parent`.
-    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent.
+    `contents` are what `splits.by=content` hashes. `names` are the classes of the samples, for
+    `splits.stratify`, which completes the shares of the parent: the units (keys, groups or contents)
+    that are `known` to be in one of the splits that share the training samples keep it.
     """
     values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
-    keys = _keys_of_files(listing) if splits.files == "whole" else listing.keys
-    units = take(listing.groups if listing.groups is not None else keys, train)
+    kept: dict[str, NDArray[np.int64]] = {}
+    everything = contents if contents is not None else units_of(listing.keys, listing.sources, listing.groups, splits)
+    if splits.stratify and known:
+        units = take(everything, train)
+        shared = ("train", *_carved(splits))
+        places = np.array([shared.index(split) if (split := known.get(unit)) in shared else -1 for unit in units], np.int64)
+        kept = {split: train[places == number] for number, split in enumerate(shared)}
+        train = train[places < 0]
+    if contents is not None and listing.groups is not None:
+        raise ConfigError(
+            "splits.by=content would cut groups of samples (source.group), which stay whole: use splits.by=hash, of the group"
+        )
+    units = take(everything, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
     else:
@@ -179,34 +213,41 @@ def assign_splits(
         if share:
             rows[name] = train[(place >= start) & (place < start + share)]
     rows["train"] = train[place >= splits.val + splits.test]
+    rows |= {split: np.sort(np.concatenate([rows[split], there])) for split, there in kept.items()}
     names = [*SPLIT_ORDER, *sorted(name for name in rows if name not in SPLIT_ORDER)]
     return {name: rows[name] for name in names if len(rows.get(name, ()))}
 
 
-def _keys_of_files(listing: Listing) -> list[str]:
-    """Return the key of each sample, of a page or frame that of its file."""
-    return [key if file_of(source) == source else key.rpartition("/")[0] for key, source in zip(listing.keys, listing.sources, strict=True)]
+def units_of(keys: Sequence[str], sources: Sequence[str], groups: Sequence[str] | None, splits: SplitSpec) -> Sequence[str]:
+    """Return what is hashed of each sample: its group, or its key (with `splits.files=whole` that of the file that it is a frame of)."""
+    if groups is not None or splits.files != "whole":
+        return keys if groups is None else groups
+    return [key if file_of(source) == source else key.rpartition("/")[0] for key, source in zip(keys, sources, strict=True)]
 
 
-def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> list[str] | None:
+def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> Texts | None:
     if splits.by == "folders":
         if listing.splits is None:
             raise ConfigError("splits.by=folders: this source has no folders (use hash, column or none)")
-        names = {top: top if top in known else split_of_folder(top) or top for top in set(listing.splits)}
+        tops = Texts.of(listing.splits)
+        is_name = {*tops.distinct()} if listing.named_splits else known
+        names = {top: top if top in is_name else split_of_folder(top) or top for top in tops.distinct()}
         names |= {"": "train"} if len(names) > 1 else {}
-        values, what = list(map(names.__getitem__, listing.splits)), "the top folder"
-        for row, bad in enumerate(listing.unusable or ()):
-            values[row] = values[row] if bad is None or _SPLIT_NAME.fullmatch(values[row]) else "train"
+        values, what = tops.mapped(names.__getitem__), "the top folder"
+        if listing.unusable is not None:
+            pairs = zip(values, listing.unusable, strict=True)
+            values = Texts.of([value if bad is None or _SPLIT_NAME.fullmatch(value) else "train" for value, bad in pairs])
     elif splits.by == "column":
         column = splits.column or ""
         if column not in listing.columns:
             raise ConfigError(f"splits.column {column!r} is no column of the source{did_you_mean(column, listing.columns)}")
-        values, what = [str(value) for value in listing.columns[column].tolist()], f"the value of {column}"
+        texts, what = [str(value) for value in listing.columns[column].tolist()], f"the value of {column}"
         for row, bad in enumerate(listing.unusable or ()):
-            values[row] = values[row] if bad is None else "train"  # it may have no value
+            texts[row] = texts[row] if bad is None else "train"  # it may have no value
+        values = Texts.of(texts)
     else:
         return None
-    for name in sorted(set(values)):
+    for name in sorted(values.distinct()):
         if not _SPLIT_NAME.fullmatch(name):
             row = values.index(name)
             raise DataError(
@@ -216,24 +257,25 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
     return values
 
 
-def _strata(listing: Listing, names: Sequence[str] | None, rows: NDArray[np.int64]) -> list[str]:
+def _strata(listing: Listing, names: Sequence[str] | None, rows: NDArray[np.int64]) -> Texts:
     if names is None:
         raise ConfigError(f"splits.stratify=true needs classes, and none of the {len(listing)} samples has a label: see source.label")
-    found: list[str] = take(list(names), rows)
-    return found
+    return Texts.of(names).take(rows)
 
 
-def _stratified(units: list[str], strata: list[str], splits: SplitSpec, parent: DatasetManifest | None) -> NDArray[np.float64]:
+def _stratified(units: Sequence[str], strata: Texts, splits: SplitSpec, parent: DatasetManifest | None) -> NDArray[np.float64]:
     """Return the place of each sample in [0, 1]: below `splits.val` is val, below the sum of both shares test, above it train.
 
     Units (samples or whole groups) of a class are taken in the order of their hashes, until the class has its share of what the dataset
     has of it with these samples; what is left by rounding goes to the classes with the largest remainders, so that the whole split has its
     share as well. A group belongs to the class that most of its samples have.
     """
-    if not units:
+    if not len(units):
         return np.ones(0)
-    known, classes = list(dict.fromkeys(units)), sorted(set(strata))
-    codes, labels = _codes(units, known), _codes(strata, classes)
+    codes, known = Texts.of(units).codes()
+    labels, named = strata.codes()
+    classes = sorted(named)
+    labels = np.array([classes.index(name) for name in named])[labels]
     pairs, counts = np.unique(codes * len(classes) + labels, return_counts=True)
     unit, label = np.divmod(pairs, len(classes))
     best = np.lexsort((label, -counts, unit))
@@ -281,24 +323,11 @@ def _whole_shares(wanted: NDArray[np.float64], most: NDArray[np.float64], ties: 
     return shares
 
 
-def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    known = list(dict.fromkeys(values))
-    codes = _codes(values, known)
+def _rows_by_value(values: Texts) -> dict[str, NDArray[np.int64]]:
+    codes, known = values.codes()
     return {value: np.flatnonzero(codes == number) for number, value in enumerate(known)}
 
 
-def _codes(values: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
-    """Return the place of each value among the `known` ones."""
-    numbers = {value: number for number, value in enumerate(known)}
-    return np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
-
-
 def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:
-    """Return 64 hash bits of each name: stable across versions and machines (about 1 us each)."""
-    start = hashlib.blake2b(salt.encode() + b"\0", digest_size=8)
-    out = bytearray()
-    for name in names:
-        digest = start.copy()
-        digest.update(name.encode())
-        out += digest.digest()
-    return np.frombuffer(bytes(out), dtype=np.dtype("<u8")).astype(np.uint64)
+    """Return 64 hash bits of each name: stable across versions and machines (0.15 us each)."""
+    return Texts.of(names).hashes(salt)

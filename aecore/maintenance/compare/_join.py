@@ -23,6 +23,11 @@ def keys_of(table: pa.Table) -> Any:  # any: pyarrow's stubs know no type of a c
     return table["key"].combine_chunks()
 
 
+def first_keys(keys: Any) -> Any:  # any: as above
+    """Return the keys, sorted: those of one range come before those of the next."""
+    return keys.take(pc.sort_indices(keys))
+
+
 @dataclass
 class Keys:
     """Counts and examples of the keys on both sides."""
@@ -38,7 +43,7 @@ class Keys:
         left, right = keys_of(a), keys_of(b)
         at = pc.index_in(left, value_set=right)
         known = at.is_valid()
-        lost, extra = left.filter(pc.invert(known)), right.filter(pc.invert(pc.is_in(right, value_set=left)))
+        lost, extra = first_keys(left.filter(pc.invert(known))), first_keys(right.filter(pc.invert(pc.is_in(right, value_set=left))))
         self.in_both += len(left) - len(lost)
         self.only_a += len(lost)
         self.only_b += len(extra)

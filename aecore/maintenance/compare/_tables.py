@@ -54,8 +54,8 @@ def _pairs(a: LatentTable, b: LatentTable) -> tuple[list[tuple[TablePart, TableP
     return pairs, rest_a, rest_b
 
 
-def _rows_of(part: TablePart) -> tuple[str, str, str, int, int]:
-    return part.split, part.shard, part.shard_sha256, part.row_start, part.row_stop
+def _rows_of(part: TablePart) -> tuple[str, str, str, str | None, int, int]:
+    return part.split, part.shard, part.shard_sha256, part.removed_sha256, part.row_start, part.row_stop  # rows are counted by what is live
 
 
 def _read(table: LatentTable, part: TablePart, columns: Sequence[str]) -> pa.Table:

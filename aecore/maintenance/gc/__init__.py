@@ -9,5 +9,6 @@ and a rerun writes the same names and bytes as without the collection. Killed at
 
 from aecore.maintenance.gc._collect import Report, collect_garbage
 from aecore.maintenance.gc._plan import DAY_S
+from aecore.maintenance.gc._root import superseded_folders
 
-__all__ = ["DAY_S", "Report", "collect_garbage"]
+__all__ = ["DAY_S", "Report", "collect_garbage", "superseded_folders"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.kinds import detect_artifact
-from aecore.errors import DataError, RunFailed, StoreError
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.maintenance.gc._parts import plan_parts
 from aecore.maintenance.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.maintenance.gc._run import plan_run
+from aecore.maintenance.gc._superseded import plan_superseded, remove_empty_folders
 from aecore.store import SKEW_S, Store, ahead_s, open_store
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,15 @@ class Report:
 
 
 def collect_garbage(
-    url: str, *, older_than_s: float = DAY_S, unfinished: bool = False, dry_run: bool = False, now: float | None = None
+    url: str,
+    *,
+    older_than_s: float = DAY_S,
+    keep_generations: int = 2,
+    retention_s: float = WEEK_S,
+    unfinished: bool = False,
+    superseded: bool = False,
+    dry_run: bool = False,
+    now: float | None = None,
 ) -> Report:
     """Remove the garbage of the dataset, run or table at `url`.
 
@@ -49,8 +58,14 @@ def collect_garbage(
         URL of one artefact.
     older_than_s : float
         All files of an attempt stay if one of them is younger.
+    keep_generations : int
+        The parts that these last generations name stay.
+    retention_s : float
+        Parts stay that a generation younger than this has replaced (of a table) or retired (of a dataset).
     unfinished : bool
         Also give up attempts that the same command would continue.
+    superseded : bool
+        The run or table is garbage as a whole, since a newer one has taken its place (see `superseded_folders`).
     dry_run : bool
         Remove nothing.
     now : float, optional
@@ -67,15 +82,20 @@ def collect_garbage(
     StoreError
         If a file cannot be removed.
     """
+    require_one_stays(keep_generations)
     store = open_store(url)
     _kind_of(store)  # nothing is written to a place that holds something else, not even to ask for the time
-    before = _written_before(store, older_than_s) if now is None else now - older_than_s
+    before, replaced_before = (
+        written_before(store, older_than_s, retention_s) if now is None else [now - age for age in (older_than_s, retention_s)]
+    )
     for _ in range(3):
         before_plan = _numbered(store)
         kind = _kind_of(store)
-        plan = Plan(store, before, unfinished)
+        plan = Plan(store, before, unfinished, keep_generations, replaced_before)
         try:
-            if kind == "run":
+            if superseded and kind in ("run", "table"):
+                plan_superseded(plan, kind)
+            elif kind == "run":
                 plan_run(plan)
             elif kind == "nothing":
                 plan.temporary_files()
@@ -85,21 +105,31 @@ def collect_garbage(
             text = "nothing was removed: which files it names is not known before it is restored, or removed by hand"
             raise DataError(f"{error}\n{text}") from error
         if dry_run or before_plan == _numbered(store):
-            return _remove(plan, kind, dry_run)
+            report = _remove(plan, kind, dry_run)
+            if superseded and not dry_run:
+                remove_empty_folders(store)
+            return report
     raise RunFailed(f"{store.url} changed three times while it was examined: collect again when fewer commands write there")
 
 
-def _written_before(store: Store, older_than_s: float) -> float:
-    """Return the moment before which files are old, by the storage's clock if it can be asked."""
+def require_one_stays(keep_generations: int) -> None:
+    """ConfigError if not even the newest generation is to stay."""
+    if keep_generations < 1:
+        raise ConfigError(f"keep_generations is {keep_generations}, expected at least 1: the newest generation always stays")
+
+
+def written_before(store: Store, *ages_s: float) -> list[float]:
+    """Return the moments before which files are as old as this, by the storage's clock if it can be asked."""
     try:
         skew = ahead_s(store)
     except StoreError as error:
         logger.warning("%s; ages are taken from this machine's clock, and nothing younger than 7 days is old", error)
-        return time.time() - max(older_than_s, WEEK_S)
+        return [time.time() - max(age, WEEK_S) for age in ages_s]
     if abs(skew) > SKEW_S:
         text = "this machine's clock is %s s %s that of %s, by which ages are counted: synchronise it (NTP)"
         logger.warning(text, f"{abs(skew):,.0f}", "ahead of" if skew > 0 else "behind", store.url)
-    return time.time() - skew - older_than_s
+    there = time.time() - skew
+    return [there - age for age in ages_s]
 
 
 def _numbered(store: Store) -> list[str]:

@@ -1,17 +1,25 @@
 """Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and no command will finish."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from aecore.artifact.commit import claim_of
 from aecore.artifact.documents import read_json
 from aecore.errors import DataError
 from aecore.maintenance.gc._claims import DATASET, STEM, Ledger, State, claim_name, read_ledger
 from aecore.maintenance.gc._plan import Plan, below
 from aecore.store import Store
 
-_SUFFIXES = {"shards": (".tar", ".parquet"), "data": (".parquet",), "quarantine": (".parquet",), "records": (".json",)}
-_NUMBERED = re.compile(r"(?:run|dataset|table)\.\d{6}\.json")
-_FOLDERS = {"dataset": ("records", "shards", "quarantine", "listings"), "table": ("records", "data", "quarantine")}
+_SUFFIXES = {
+    "shards": (".tar", ".parquet"),
+    "data": (".parquet",),
+    "quarantine": (".parquet",),
+    "removed": (".parquet",),
+    "records": (".json",),
+}
+_NUMBERED = re.compile(r"(?:run|dataset|table|withdrawn)\.\d{6}\.json")
+_FOLDERS = {"dataset": ("records", "shards", "quarantine", "removed", "listings"), "table": ("records", "data", "quarantine")}
+REPORTS, _REPORT = "report", re.compile(r"report/(\d{6})\.(?:json|sha256)")
 _WHY = {
     State.COMMITTED: "no manifest names it, and its generation is committed",
     State.DEAD: "of an attempt that a newer generation has superseded",
@@ -23,9 +31,13 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
     """Add the garbage of a dataset or a table to the plan; return what its manifests and claims hold."""
     store = plan.store
     ledger = read_ledger(store, kind)
-    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    known = (*_FOLDERS[kind], ".tmp", *([REPORTS] if kind == DATASET else []))
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in known]
+    if kind == DATASET:
+        _plan_reports(plan, ledger)
     groups: dict[int, list[str]] = {number: [] for number in ledger.claims}
-    for name in _files(store, kind):
+    there = list(_files(store, kind))
+    for name in there:
         is_record = name.startswith("records/")
         if name in ledger.files or (is_record and name.removeprefix("records/").removesuffix(".json") in ledger.stems):
             continue
@@ -34,10 +46,51 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
             plan.not_ours.append(name)
         else:
             groups.setdefault(claim, []).append(name)
+    _plan_replaced(plan, ledger, {*there})
     gone = [claim for claim in sorted(groups) if _plan_group(plan, ledger, claim, groups[claim])]
     _plan_claims(plan, ledger, gone)
     plan.temporary_files()
     return ledger
+
+
+def _plan_replaced(plan: Plan, ledger: Ledger, there: Collection[str]) -> None:
+    """Plan the parts that no kept generation names and that were replaced long enough ago; the others wait.
+
+    Most of all that was ever replaced is not `there` any more, so it is not asked for name by name.
+    """
+    store, kept, young = plan.store, list[str](), dict[int, bool]()
+    for name, number in ledger.replaced.items():
+        if name not in there:
+            continue
+        if number not in young:
+            written = store.modified(f"{ledger.kind}.{number:06d}.json")
+            young[number] = written is None or written > plan.replaced_before
+        if number > ledger.newest - plan.keep_generations + 1 or young[number]:
+            kept.append(name)
+        else:
+            plan.add([name], f"generation {number} has replaced it, and no kept generation names it")
+    if kept:
+        plan.wait("replaced parts", kept, "readers of the last generations may still need them, or they were replaced a short time ago")
+
+
+def _plan_reports(plan: Plan, ledger: Ledger) -> None:
+    """Add the reports of generations that are not there; those of the others stay, and what has another name is external."""
+    for name in below(plan.store, REPORTS):
+        match = _REPORT.fullmatch(name)
+        if match is None:
+            plan.not_ours.append(name)
+        elif plan.store.size(f"{DATASET}.{match[1]}.json") is None:
+            plan.remove_or_wait("report", [name], "report of a generation that is not there")
+
+
+def files_of_table(plan: Plan, ledger: Ledger) -> list[str]:
+    """Return all files of the parts of a table, also those that no manifest names; other files are recorded in `not_ours`."""
+    store, kind = plan.store, ledger.kind
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    files = list(_files(store, kind))
+    ours = [name for name in files if name in ledger.files or _claim_of(name, kind, ledger) is not None]
+    plan.not_ours += [name for name in files if name not in ours]
+    return ours
 
 
 def _files(store: Store, kind: str) -> Iterator[str]:
@@ -67,9 +120,13 @@ def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
         match = STEM.fullmatch(next((base.removesuffix(end) for end in _SUFFIXES[folder] if base.endswith(end)), ""))
         if match is not None and (match[1] not in ledger.splits or inside != (f"split={match[1]}" if folder == "data" else "")):
             return None
+        if match is not None and (folder != "records" or kind != DATASET) and bool(match[3]) != (folder == "removed"):
+            return None  # what is removed of a part is in `removed/`, and nothing else is there
     if match is None:
         return None
-    claim = int(match[2] or 1) if kind == DATASET else ledger.highest
+    claim = ledger.highest
+    if kind == DATASET:
+        claim = int(match[2]) if folder == "listings" else claim_of(match[0])
     return claim if 1 <= claim <= ledger.highest else None
 
 

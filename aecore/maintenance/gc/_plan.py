@@ -36,6 +36,8 @@ class Plan:
     store: Store
     before: float  # files written after this moment may belong to an attempt that still runs
     unfinished: bool
+    keep_generations: int = 2  # parts that these name stay
+    replaced_before: float = 0.0  # parts stay that were replaced after this moment
     garbage: list[Garbage] = field(default_factory=list)
     waiting: list[Waiting] = field(default_factory=list)
     not_ours: list[str] = field(default_factory=list)

@@ -20,16 +20,9 @@ _MODEL_FILES = (MANIFEST, "model.safetensors", "config.json")
 def plan_run(plan: Plan) -> None:
     """Add the garbage of a run to the plan; all of an unfinished run if it is given up."""
     store = plan.store
-    known = {CLAIM, "checkpoints", "metrics", "model", ".tmp"}
-    plan.not_ours += [name for name in store.list() if name not in known]
-    folders, metrics = list(below(store, "checkpoints")), list(below(store, "metrics"))
-    plan.not_ours += [name for name in folders if not _CHECKPOINT.fullmatch(name)]
-    plan.not_ours += [name for name in metrics if not _METRICS.fullmatch(name)]
-    plan.not_ours += [name for name in below(store, "model") if name.removeprefix("model/") not in _MODEL_FILES]
-    folders = [name for name in folders if _CHECKPOINT.fullmatch(name)]
-    metrics = [name for name in metrics if _METRICS.fullmatch(name)]
+    folders, metrics = _ours(plan)
     if store.size(f"model/{MANIFEST}") is None:
-        files = [*_files_of(plan, folders), *metrics, *(f"model/{file}" for file in _MODEL_FILES), CLAIM]
+        files = _all_files(plan, folders, metrics)
         damaged = _documents(store, (name for name in folders if store.size(f"{name}/{MANIFEST}") is not None))[1]
         if plan.unfinished and not damaged:
             plan.remove_or_wait("run", files, "of an unfinished run that was given up")
@@ -38,6 +31,26 @@ def plan_run(plan: Plan) -> None:
         plan.wait("run", files, "unfinished: the command that wrote it continues it; --unfinished gives it up")
     _plan_attempts(plan, folders, metrics)
     plan.temporary_files()
+
+
+def files_of_run(plan: Plan) -> list[str]:
+    """Return all files of a run in the order of removal; other files are recorded in `not_ours`."""
+    return _all_files(plan, *_ours(plan))
+
+
+def _ours(plan: Plan) -> tuple[list[str], list[str]]:
+    """Return the folders of checkpoints and the parts of the metrics; other files are recorded in `not_ours`."""
+    store, known = plan.store, {CLAIM, "checkpoints", "metrics", "model", ".tmp"}
+    plan.not_ours += [name for name in store.list() if name not in known]
+    folders, metrics = list(below(store, "checkpoints")), list(below(store, "metrics"))
+    plan.not_ours += [name for name in folders if not _CHECKPOINT.fullmatch(name)]
+    plan.not_ours += [name for name in metrics if not _METRICS.fullmatch(name)]
+    plan.not_ours += [name for name in below(store, "model") if name.removeprefix("model/") not in _MODEL_FILES]
+    return [name for name in folders if _CHECKPOINT.fullmatch(name)], [name for name in metrics if _METRICS.fullmatch(name)]
+
+
+def _all_files(plan: Plan, folders: Iterable[str], metrics: Iterable[str]) -> list[str]:
+    return [*_files_of(plan, folders), *metrics, *(f"model/{file}" for file in _MODEL_FILES), CLAIM]
 
 
 def _files_of(plan: Plan, folders: Iterable[str]) -> list[str]:

@@ -7,13 +7,14 @@
 #ifndef AECORE_NATIVE_H
 #define AECORE_NATIVE_H
 #include <stdint.h>
+#include <sys/stat.h>
 
 #if defined(__x86_64__) && defined(__linux__)
 #define HERE
 #endif
 #define SHARED __attribute__((visibility("hidden")))
 
-enum { VERSION = 13, BLOCK = 512 };
+enum { VERSION = 15, BLOCK = 512, STATE = 50 };
 
 typedef struct {
     uint8_t kind, detail[3]; /* 0: for Python, which reports damage and knows more formats; 1 PNG, 2 JPEG */
@@ -28,6 +29,9 @@ SHARED Facts examine(const uint8_t *file, int64_t size);
  *
  * `expected` saves the read that finds nothing more: a read that gave so much, could have given more and ended inside a page has met the end. */
 SHARED int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expected, int wait);
+
+/* Write the state of a file, STATE characters (`local_state` in store/_states.py); return when it was changed last, in ns since 1970. */
+SHARED int64_t write_state(const struct stat *found, char *state);
 
 /* Hash `n` messages into 32 bytes each of `digests`, and at the same time `blocks` blocks of 64 bytes of a stream into its `state`. The messages
  * are at [begins[i], ends[i]) of something whose byte `origin` is the first of `data`. */

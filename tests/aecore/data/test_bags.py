@@ -1,6 +1,7 @@
 """Bags: sources that name them, shards that keep them whole, batches that take them whole, the same ones on any number of ranks."""
 
 import dataclasses
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError
 from tests.aecore.data.bag_data import DIM, bag_dataset, bag_sizes, write_npz
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.tiny import encoded, image
 
 NUM_BAGS = 40
@@ -158,7 +160,7 @@ def test_a_file_that_lies_in_no_folder_has_no_bag(tmp_path):
         FolderSource(FolderSpec(url=str(tmp_path), group="parent")).listing()
 
 
-def test_new_bags_are_appended_and_a_bag_does_not_grow(tmp_path):
+def test_new_bags_are_appended_and_a_bag_of_a_dataset_that_only_grows_does_not(tmp_path):
     raw, out = tmp_path / "raw", str(tmp_path / "data")
 
     def add(*paths: str) -> DatasetManifest:
@@ -170,10 +172,13 @@ def test_new_bags_are_appended_and_a_bag_does_not_grow(tmp_path):
     assert add("b1/1.png", "b1/2.png", "b2/1.png").num_groups("train") == 2
     appended = add("b3/1.png", "b3/2.png")
     assert (appended.number, appended.num_groups("train")) == (2, 3)
+    shutil.rmtree(out)
+    assert add("b3/3.png").number == 1
+    grows_only(out)
     with pytest.raises(
         DataError, match="1 new sample belongs to bags that .* has already, for example 'b1/3.png' to 'b1'. A bag cannot grow"
     ):
-        add("b1/3.png")
+        add("b1/3.png")  # it grows in a dataset that follows its source: see test_living
 
 
 # --------------------------------------------------------------------------------------------------------------------- batches

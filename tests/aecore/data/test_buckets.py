@@ -278,7 +278,7 @@ class TestTars:
             for batch in np.array_split(order, 5):  # of all tars
                 rows.prefetch(np.arange(len(rows.shards)))
                 pixels = rows.read(batch).pixels
-                keys = [(n, k) for n in range(len(rows.shards)) for k in rows.reader(n).keys]
+                keys = [(n, k) for n in range(len(rows.shards)) for k in rows.index(n)["key"].to_pylist()]
                 for index, found in zip(batch.tolist(), pixels, strict=True):
                     wanted = np.asarray(Image.open(io.BytesIO(samples[unquote(keys[index][1])])))
                     np.testing.assert_array_equal(found, wanted if wanted.ndim == 3 else wanted[..., None])

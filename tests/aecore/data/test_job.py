@@ -20,12 +20,14 @@ from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.write.append import listing_table
 from aecore.data.write.job import ShardWorker, shard_dataset
+from aecore.data.write.ledger import read_ledger
 from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.store import open_store
+from aecore.store import _states, open_store
 from aecore.store._environment import FAULT_STAGES
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.tiny import encoded, image
 
 ROLES = ("tar", "index", "quarantine", "listing", "record", "run", "manifest")
@@ -46,13 +48,18 @@ def shard(source, out, splits=None, fan_out=serial, **shards):
 
 
 def snapshot(root):
-    """Every committed file with its bytes; the timings of the records are left out."""
+    """Every committed file with its bytes; what records and reports say of times (also of young states of source files) is left out."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not name.startswith(".tmp/"):
             data = path.read_bytes()
-            found[name] = {**json.loads(data), "timings": None, "sha256": None} if name.startswith("records/") else data
+            if name.startswith("report/"):
+                data = {**json.loads(data), "seconds": None, "sha256": None} if name.endswith(".json") else b""
+            if name.startswith("records/"):
+                data = {**json.loads(data), "timings": None, "sha256": None}
+                data["detail"].pop("unsettled", None)
+            found[name] = data
     return found
 
 
@@ -88,8 +95,10 @@ def test_bytes_do_not_depend_on_who_writes_the_shards(tmp_path):
 def test_addresses_do_not_change_the_bytes(tmp_path, monkeypatch):
     first, second = images(tmp_path / "in", range(4)), images(tmp_path / "elsewhere/in", range(4))
     monkeypatch.chdir(tmp_path)
-    assert shard(first, tmp_path / "a") == shard(FolderSpec(url="elsewhere/in"), "b")
-    named = [name for name in snapshot(tmp_path / "a") if not name.startswith("run.")]
+    made = [shard(first, tmp_path / "a"), shard(FolderSpec(url="elsewhere/in"), "b")]
+    assert len({manifest.claim_sha256 for manifest in made}) == 2, "a claim covers where samples come from"
+    assert len({manifest.dataset_sha256 for manifest in made}) == len({manifest.content_sha256 for manifest in made}) == 1
+    named = [name for name in snapshot(tmp_path / "a") if name.startswith(("shards/", "records/"))]  # a listing says where they come from
     assert {name: snapshot(tmp_path / "a")[name] for name in named} == {name: snapshot(tmp_path / "b")[name] for name in named}
     assert json.loads((tmp_path / "b/run.000001.json").read_text())["info"]["source"]["url"] == second.url
 
@@ -134,9 +143,10 @@ def test_other_settings_are_refused_with_the_fields_and_nothing_is_written(tmp_p
     assert snapshot(tmp_path / "out") == before
 
 
-def test_a_known_sample_that_changed_is_a_data_error_and_nothing_is_written(tmp_path):
+def test_where_a_dataset_only_grows_a_sample_that_changed_is_a_data_error_and_nothing_is_written(tmp_path):
     source = images(tmp_path / "in", range(8), bad=[1])
     shard(source, tmp_path / "out", max_bad=0.5)
+    grows_only(tmp_path / "out")
     before = snapshot(tmp_path / "out")
     for number in (1, 2, 3):
         (tmp_path / "in" / "ab"[number % 2] / f"{number:03d}.png").write_bytes(encoded(image(number, side=9)))
@@ -146,17 +156,19 @@ def test_a_known_sample_that_changed_is_a_data_error_and_nothing_is_written(tmp_
     assert snapshot(tmp_path / "out") == before
 
 
-def test_a_file_that_gives_a_known_one_another_key_is_a_data_error(tmp_path):
+def test_where_a_dataset_only_grows_a_file_that_gives_a_known_one_another_key_is_a_data_error(tmp_path):
     source = images(tmp_path / "in", range(2))
     shard(source, tmp_path / "out")
+    grows_only(tmp_path / "out")
     (tmp_path / "in/a/000.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"1 sample has another key .*'a/000.png'"):
         shard(source, tmp_path / "out")
 
 
-def test_known_keys_from_another_address_give_a_warning(tmp_path, caplog):
+def test_where_a_dataset_only_grows_known_keys_from_another_address_give_a_warning(tmp_path, caplog):
     monday, tuesday = images(tmp_path / "monday", range(4)), images(tmp_path / "tuesday", range(4))
     shard(monday, tmp_path / "out")
+    grows_only(tmp_path / "out")
     shard(monday, tmp_path / "out")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for extra in ((), [7]):  # nothing new, and an append
@@ -179,6 +191,8 @@ def test_a_file_that_grew_between_listing_and_reading_is_no_change(tmp_path):
         yield from serial(make_worker, tasks)
 
     made = shard(source, tmp_path / "out", SplitSpec(), grows)
+    assert shard(source, tmp_path / "out") == made
+    made = grows_only(tmp_path / "out")
     assert shard(source, tmp_path / "out") == made
     path.write_bytes(encoded(image(2, side=20)))
     with pytest.raises(DataError, match="1 sample has other sizes"):
@@ -204,6 +218,8 @@ def test_quarantined_samples_are_not_tried_again(tmp_path):
     source = images(tmp_path / "in", range(10), bad=[2, 4])
     first = shard(source, tmp_path / "out", max_bad=0.5)
     assert (first.num_samples(), first.quarantined, sum(first.reasons.values())) == (8, 2, 2)
+    assert read_ledger(open_store(tmp_path / "out"), first).num_rows == 10
+    grows_only(tmp_path / "out")
     images(tmp_path / "in", [10])
     second = shard(source, tmp_path / "out", max_bad=0.0)
     assert (second.num_samples(), second.quarantined, second.shards[-1].planned) == (9, 2, 1)
@@ -349,6 +365,8 @@ import pyarrow
 from aecore.data.write.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.spec import ShardSpec
+from aecore.store import _states
+_states.YOUNG_NS = -(10**12)  # no file is too young to have a state
 assert not {"torch", "ray", "prefect", "PIL"} & set(sys.modules)
 pyarrow.array(["x"])  # loads pandas where it is installed, 0.5 s: here once, not in every child
 
@@ -385,9 +403,10 @@ def poll(root, done, wrong):
             wrong += verify_dataset(dataset).problems
 
 
-def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path):
+def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch):
     source, root = images(tmp_path / "in", range(8), bad=[0, 7]), tmp_path / "killed"
     root.mkdir()
+    monkeypatch.setattr(_states, "YOUNG_NS", -(10**12))
     whole = shard(source, tmp_path / "whole", max_samples=3, max_bad=0.5, shuffle=False)
     assert (len(whole.shards), whole.quarantined, sum(part.quarantine is not None for part in whole.shards)) == (3, 2, 2)
     faults = [f"{role}.{stage}:{nth}" for role in ROLES for stage in FAULT_STAGES for nth in (1, 2)]

@@ -59,7 +59,8 @@ KINDS: dict[str, tuple[dict[str, bytes], Detected]] = {
     "tars and what a Mac adds": ({"a/0.tar": TAR, "a/._0.jpg": b"x", "__MACOSX/._0.jpg": b"x", "Thumbs.db": b"x"}, Detected("webdataset")),
     "tars and pictures": ({"0.tar": TAR, "cat/1.png": PNG}, Detected("folder")),
     "pictures": ({"cat/1.png": PNG, "cat/2.JPG": PNG}, Detected("folder")),
-    "a dataset of aecore": ({"shards/train-000000.tar": TAR, "dataset.000001.json": b"{}"}, Detected("folder")),
+    "a dataset of aecore": ({"shards/train-000000.tar": TAR, "dataset.000001.json": b"{}"}, Detected("dataset")),
+    "a folder with one below it": ({"0.tar": TAR, "root/dataset/dataset.000001.json": b"{}"}, Detected("folder")),
     "idx files": ({"train-images-idx3-ubyte.gz": b"x", "train-labels-idx1-ubyte.gz": b"x"}, Detected("arrays")),
     "rows in a .npy": ({"x/train.npy": npy(600, 4, 4), "x/test.npy": npy(100, 4, 4)}, Detected("arrays")),
     "a sample in each .npy": ({f"cat/{n}.npy": npy(9, 9, 3) for n in range(3)}, Detected("folder", ("npy",))),
@@ -212,7 +213,7 @@ class TestFilters:
             write_tar(tmp_path / f"in/{tar}.tar", samples(100 * tar, 50))
         s3.upload(tmp_path / "in", "in")
         here, there = (WebdatasetSource(WebdatasetSpec(url=url, limit=40)).listing() for url in (str(tmp_path / "in"), f"{s3.url}/in"))
-        assert here.sha256() == there.sha256() and len(here) == 40
+        assert here.without_states().sha256() == there.without_states().sha256() and len(here) == 40
         assert {source.partition("#")[0] for source in here.sources} == {f"{tar}.tar" for tar in range(4)}
         assert any("160 of 200 samples left out by source.limit=40" in note for note in here.notes)
         grouped = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), limit=40, group="regex:(\\d{5})\\d$")).listing()

@@ -10,9 +10,13 @@ from aecore.data.dataset import open_dataset
 from aecore.data.read.stream import open_stream
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.sources.dataset import DatasetSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write.compact import compact_dataset
 from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import DataError
+from tests.aecore.data.removals import live_keys, remove
 from tests.aecore.data.test_external_tars import EXPECTED, pixels, two_tars
 from tests.aecore.data.test_stream import batches, numbers
 from tests.aecore.data.tiny import image
@@ -74,3 +78,20 @@ def test_a_missing_object_is_named(s3, kind) -> None:
     ending = "npz" if kind is ArraysSpec else "tar"
     with pytest.raises(DataError, match=rf"a.{ending} cannot be read"):
         SOURCES.build(kind(url=f"{s3.url}/a.{ending}")).listing()
+
+
+def test_datasets_in_a_bucket_become_one_there_and_here(s3, tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 20)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / f"{name}.npz", images=np.stack([image(first + number) for number in range(9)]), labels=np.arange(9) % 3)
+        shard_dataset(ArraysSpec(url=str(tmp_path / name)), f"{s3.url}/{name}", shards=ShardSpec(max_samples=4))
+    spec = DatasetSpec(url=f"{s3.url}/a::{s3.url}/b")
+    made = [shard_dataset(spec, out, shards=ShardSpec(max_samples=5)) for out in (f"{s3.url}/out", str(tmp_path / "out"))]
+    assert made[0].dataset_sha256 == made[1].dataset_sha256 and made[0].num_samples() == 18
+    remove(f"{s3.url}/b", live_keys(open_dataset(f"{s3.url}/b"))[:3])
+    compact_dataset(f"{s3.url}/b", 0)
+    assert open_dataset(f"{s3.url}/b").manifest.retired and not open_dataset(f"{s3.url}/b").manifest.has_removed
+    for out in (f"{s3.url}/out", str(tmp_path / "out")):
+        assert shard_dataset(spec, out, shards=ShardSpec(max_samples=5, max_removed=0.5)).num_samples() == 15
+        assert verify_dataset(open_dataset(out), read_data=True).problems == ()
+    assert verify_dataset(open_dataset(f"{s3.url}/b"), read_data=True).problems == ()

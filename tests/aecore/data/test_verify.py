@@ -12,6 +12,7 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.tiny import encoded, image
 from tests.documents import content, rewrite
 
@@ -86,16 +87,23 @@ def test_a_manifest_that_was_changed_by_hand_is_found(dataset):
     assert "99 planned" in problems(dataset)[0]
 
 
-def test_keys_that_are_planned_but_nowhere_are_found(dataset):
+OF_BEFORE = "names 1 listings, expected one for each of 2 generations", "neither in a shard nor in quarantine"
+FOLLOWING = "is of claim 2, the newest of the listings that it names is of claim 1", "are not listed, first"
+
+
+@pytest.mark.parametrize(("grows", "refusal", "problem"), [(True, *OF_BEFORE), (False, *FOLLOWING)])
+def test_keys_that_are_planned_but_nowhere_are_found(dataset, grows, refusal, problem):
     path, listing = dataset / "dataset.000002.json", dataset / "listings/000002.parquet"
+    if grows:
+        grows_only(dataset)
     listings = content(path)["listings"]
     rewrite(path, listings=listings[:1])
-    with pytest.raises(DataError, match="names 1 listings, expected one for each of 2 generations"):
+    with pytest.raises(DataError, match=refusal):
         open_dataset(str(dataset))
     listing.write_bytes(table_bytes(pq.read_table(listing).slice(1), {"claim": 2}))
     data = listing.read_bytes()
     rewrite(path, listings=[listings[0], {"name": listings[1]["name"], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}])
-    assert any("neither in a shard nor in quarantine" in problem for problem in problems(dataset, read_data=True))
+    assert any(problem in found for found in problems(dataset, read_data=True))
 
 
 def test_a_shard_named_twice_is_refused_and_a_copy_of_one_has_repeated_keys(dataset):
