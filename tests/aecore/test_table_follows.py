@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from aecore.artifact.commit import read_record
 from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
+from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
 from aecore.data.write.job import shard_dataset
@@ -30,7 +32,8 @@ from aecore.table.part import part_metadata
 from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from tests.aecore.data.removals import live_keys, remove
-from tests.aecore.encoding import ae_config, encode, folder_dataset, image_folder, saved_run, tree, undecodable_png
+from tests.aecore.data.rows_source import ROWS, RowsSpec
+from tests.aecore.encoding import ae_config, encode, folder_dataset, image_folder, model_config, saved_run, tree, undecodable_png
 
 SPEC = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True)
 
@@ -597,3 +600,45 @@ def test_a_table_has_none_of_the_samples_whose_content_others_have(tmp_path: Pat
     assert table.num_rows == 12
     assert [key for key in rows_of(table) if "/z" in key] == [f"train/{first.parent.name}/zy"]
     require_as_fresh(table, run, out, tmp_path / "fresh-2")
+
+
+@pytest.mark.parametrize("removed", ["drop", "keep"])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (1, 2.5, pa.float64()),
+        (2.5, 1, pa.float64()),
+        (1, None, pa.int64()),
+        (None, 1, pa.int64()),
+        (None, None, pa.null()),
+        (1, "x", pa.string()),
+        (True, "x", pa.string()),
+        ("x", 2.5, pa.string()),
+    ],
+)
+def test_a_metadata_column_may_get_another_type(tmp_path: Path, before: Any, after: Any, kind: pa.DataType, removed: str) -> None:
+    def shard(keys: list[int], value: Any) -> str:
+        names = [f"{key:02d}" for key in keys]
+        columns = {"v": pa.array([value] * len(keys))}
+        ROWS["types"] = Listing(names, names, np.full(len(keys), 144), columns=columns, states=["1"] * len(keys))
+        options = ShardSpec(max_samples=4, max_removed=1.0, removed="drop" if removed == "drop" else "keep")
+        shard_dataset(RowsSpec(rows="types"), str(tmp_path / "data"), SplitSpec(), options)
+        return str(tmp_path / "data")
+
+    run = saved_run(tmp_path / "run", model_config(shape=(4,)))
+    encode(run, shard([*range(10)], before), tmp_path / "table")
+    table = encode(run, shard([*range(8, 12)], after), tmp_path / "table")
+    expected = {f"{key:02d}": after if key >= 8 else before for key in range(8 if removed == "drop" else 0, 12)}
+    if removed == "drop":
+        assert table.arrow("v").to_pylist() == list(expected.values()) and {*map(type, table.arrow("v").to_pylist())} == {type(after)}
+        require_as_fresh(table, run, str(tmp_path / "data"), tmp_path / "fresh", EncodeSpec(batch=16))
+    else:
+        assert table.schema.field("v").type == kind
+        assert dict(zip(table.keys.to_pylist(), table.arrow("v").to_pylist(), strict=True)) == {
+            key: None if value is None else pa.scalar(value).cast(kind).as_py() for key, value in expected.items()
+        }
+    rows = table.dataset().to_table(columns=["key", "v"])
+    assert dict(zip(rows["key"].to_pylist(), rows["v"].to_pylist(), strict=True)) == dict(
+        zip(table.keys.to_pylist(), table.arrow("v").to_pylist(), strict=True)
+    )
+    assert compare(str(tmp_path / "table"), str(tmp_path / "table"))["same_rows"]
