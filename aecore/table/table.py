@@ -11,7 +11,7 @@ continues with the newest one; else readers say so.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -158,7 +158,7 @@ class LatentTable:
         schemas = [self._footer(part).schema.to_arrow_schema().remove_metadata() for part in self.parts]
         if problems := generation_problems(self.parts, schemas):
             raise DataError(f"{self.url}: {'; '.join(problems)}: restore the part, or encode to another URL")
-        return pa.unify_schemas(schemas) if schemas else pa.schema([])
+        return united_schema(schemas, [part.rows for part in self.parts])
 
     def _footer(self, part: TablePart) -> Footer:
         """Return the footer of a part, read and compared once; DataError if the file is another part than the manifest names."""
@@ -209,7 +209,8 @@ class LatentTable:
         wanted = self.schema.field(name).type
         for part in self.parts:
             if name in self.manifest.columns or name in self.schema_of(part).names:
-                yield self.read(part, [name]).column(name)
+                found = self.read(part, [name]).column(name)
+                yield found if found.type == wanted else found.cast(wanted)  # a metadata column that had another type then
             else:  # a metadata column that a later generation added
                 yield pa.chunked_array([pa.nulls(part.rows, wanted)])
 
@@ -324,6 +325,31 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: Footer) ->
     return found + [
         f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
     ]
+
+
+def united_schema(schemas: Sequence[pa.Schema], rows: Sequence[int]) -> pa.Schema:
+    """Return all columns of parts with these numbers of rows.
+
+    A metadata column may have another type in later generations, as its source has other values: of several the type is one that holds
+    all of them (text where no other does). Parts without rows do not count where others have the column.
+    """
+    names = dict.fromkeys(name for schema in schemas for name in schema.names)
+    fields = []
+    for name in names:
+        there = [(schema.field(name), count) for schema, count in zip(schemas, rows, strict=True) if name in schema.names]
+        filled = [field for field, count in there if count and not pa.types.is_null(field.type)]
+        fields.append(reduce(_holding, filled or [field for field, _ in there]))
+    return pa.schema(fields)
+
+
+def _holding(one: Any, other: Any) -> Any:  # any: fields, of whose types pyarrow's stubs want to know the values
+    """Return the column that holds the values of both."""
+    if one.equals(other):
+        return one
+    try:
+        return pa.unify_schemas([pa.schema([one]), pa.schema([other])], promote_options="permissive").field(0)
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return pa.field(one.name, pa.string())
 
 
 def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]) -> list[str]:

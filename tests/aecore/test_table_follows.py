@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,6 +18,7 @@ from aecore.artifact.commit import claim_of, read_record
 from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
 from aecore.data.manifest import ShardRef
+from aecore.data.sources import Listing
 from aecore.data.sources.dataset import DatasetSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
@@ -33,7 +35,18 @@ from aecore.table.part import part_metadata
 from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from tests.aecore.data.removals import live_keys, remove
-from tests.aecore.encoding import ae_config, encode, folder_dataset, image_folder, saved_run, sprites_dataset, tree, undecodable_png
+from tests.aecore.data.rows_source import ROWS, RowsSpec
+from tests.aecore.encoding import (
+    ae_config,
+    encode,
+    folder_dataset,
+    image_folder,
+    model_config,
+    saved_run,
+    sprites_dataset,
+    tree,
+    undecodable_png,
+)
 
 SPEC = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True)
 
@@ -640,3 +653,45 @@ def test_gc_asks_for_no_part_that_was_collected_before(tmp_path: Path, data: str
 
     monkeypatch.setattr(LocalStore, "size", sized)
     assert gone and collect(table, 8) == [] and not gone & {*asked}
+
+
+@pytest.mark.parametrize("removed", ["drop", "keep"])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (1, 2.5, pa.float64()),
+        (2.5, 1, pa.float64()),
+        (1, None, pa.int64()),
+        (None, 1, pa.int64()),
+        (None, None, pa.null()),
+        (1, "x", pa.string()),
+        (True, "x", pa.string()),
+        ("x", 2.5, pa.string()),
+    ],
+)
+def test_a_metadata_column_may_get_another_type(tmp_path: Path, before: Any, after: Any, kind: pa.DataType, removed: str) -> None:
+    def shard(keys: list[int], value: Any) -> str:
+        names = [f"{key:02d}" for key in keys]
+        columns = {"v": pa.array([value] * len(keys))}
+        ROWS["types"] = Listing(names, names, np.full(len(keys), 144), columns=columns, states=["1"] * len(keys))
+        options = ShardSpec(max_samples=4, max_removed=1.0, removed="drop" if removed == "drop" else "keep")
+        shard_dataset(RowsSpec(rows="types"), str(tmp_path / "data"), SplitSpec(), options)
+        return str(tmp_path / "data")
+
+    run = saved_run(tmp_path / "run", model_config(shape=(4,)))
+    encode(run, shard([*range(10)], before), tmp_path / "table")
+    table = encode(run, shard([*range(8, 12)], after), tmp_path / "table")
+    expected = {f"{key:02d}": after if key >= 8 else before for key in range(8 if removed == "drop" else 0, 12)}
+    if removed == "drop":
+        assert table.arrow("v").to_pylist() == list(expected.values()) and {*map(type, table.arrow("v").to_pylist())} == {type(after)}
+        require_as_fresh(table, run, str(tmp_path / "data"), tmp_path / "fresh", EncodeSpec(batch=16))
+    else:
+        assert table.schema.field("v").type == kind
+        assert dict(zip(table.keys.to_pylist(), table.arrow("v").to_pylist(), strict=True)) == {
+            key: None if value is None else pa.scalar(value).cast(kind).as_py() for key, value in expected.items()
+        }
+    rows = table.dataset().to_table(columns=["key", "v"])
+    assert dict(zip(rows["key"].to_pylist(), rows["v"].to_pylist(), strict=True)) == dict(
+        zip(table.keys.to_pylist(), table.arrow("v").to_pylist(), strict=True)
+    )
+    assert compare(str(tmp_path / "table"), str(tmp_path / "table"))["same_rows"]

@@ -59,12 +59,15 @@ def _rows_of(part: TablePart) -> tuple[str, str, str, str | None, int, int]:
 
 
 def _read(table: LatentTable, part: TablePart, columns: Sequence[str]) -> pa.Table:
-    """Read key and columns of a part; a column that a later generation added is null in earlier parts."""
+    """Read key and columns of a part as the table has them; a column that a later generation added is null in earlier parts."""
     present = set(table.schema_of(part).names)
     rows = table.read(part, ["key", *(name for name in columns if name in present)])
     for name in columns:
+        kind = table.schema.field(name).type
         if name not in present:
-            rows = rows.append_column(name, pa.nulls(len(rows), table.schema.field(name).type))
+            rows = rows.append_column(name, pa.nulls(len(rows), kind))
+        elif rows.schema.field(name).type != kind:
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(kind))
     return rows
 
 
@@ -98,7 +101,7 @@ class _Gap:
         if not self.is_latent:
             left: Any = a[self.name]  # any: pyarrow's stubs know no type of a column of a file
             right: Any = b[self.name]
-            if left.type != right.type:  # compared as text
+            if left.type != right.type or pa.types.is_null(left.type):  # compared as text
                 left, right = left.cast(pa.string()), right.cast(pa.string())
             equal: Any = pc.fill_null(pc.equal(left, right), False)
             both_null = pc.and_(pc.is_null(left), pc.is_null(right))
