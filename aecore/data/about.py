@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, require_text
 from aecore.registry import knob, spec
 
 About = Mapping[str, Any]  # any: texts, and a boolean
@@ -33,6 +33,7 @@ class AboutSpec:
             value = getattr(self, name)
             if value is not None and (value != value.strip() or not value.isprintable()):
                 raise ConfigError(f"about.{name} is {value!r}, expected one line of text without spaces around it")
+        require_text(self.description or "", "about.description")
         if len(self.description or "") > MOST_TEXT:
             raise ConfigError(f"about.description has {len(self.description or '')} characters, expected at most {MOST_TEXT}")
 

@@ -143,6 +143,27 @@ class Dataset:
         rows = live_rows(self.store, shard, index)
         return index if rows is None else index.take(rows)
 
+    def quarantine(self) -> "pa.Table":
+        """Return the rows of the quarantine of this generation (split, source, key, reason, message, ...), verified.
+
+        The files in `quarantine/` also hold samples that were repaired or removed later.
+        """
+        import pyarrow as pa  # imported late: who reads manifests alone needs no tables
+        import pyarrow.compute as pc
+
+        from aecore.data.format.index import QUARANTINE_SCHEMA, read_table
+        from aecore.data.removal import read_removed
+
+        tables = [QUARANTINE_SCHEMA.empty_table()]
+        for part in self.manifest.parts:
+            if (ref := part.quarantine) is not None:
+                rows = read_table(self.store.read(ref.name, ref=ref), f"{self.url}/{ref.name}").replace_schema_metadata(None)
+                removed = read_removed(self.store, part)
+                if removed is not None:
+                    rows = rows.filter(pc.invert(pc.is_in(rows["ordinal"], value_set=removed["ordinal"].combine_chunks())))
+                tables.append(rows)
+        return pa.concat_tables(tables)
+
     def reader(self, shard: ShardRef) -> "ShardReader":
         """Return the strict reader of one shard of this manifest, of all samples that were ever stored in it."""
         from aecore.data.read.shard_reader import ShardReader  # imported late: who reads manifests alone needs no reader

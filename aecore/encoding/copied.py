@@ -23,7 +23,7 @@ from aecore.encoding.writer import LATER, EncodeSetup, EncodeTask, PartWriter, p
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 from aecore.table.manifest import TablePart
-from aecore.table.part import part_metadata, part_table, put_quarantine, read_part
+from aecore.table.part import QUARANTINE_SCHEMA, part_metadata, part_table, put_quarantine, read_part
 
 
 class CopyWorker:
@@ -51,6 +51,7 @@ class CopyWorker:
         if refused is not None:
             left: Any = pc.is_in(refused["ordinal"], value_set=chosen)  # any: the stubs say that it is no chunked array
             refused = refused.filter(left)
+            refused = refused.set_column(1, QUARANTINE_SCHEMA.field("shard"), pa.array([task.shard.stem] * len(refused), pa.string()))
             rows = rows[~np.isin(chosen.to_numpy(), refused["ordinal"].to_numpy())]
         kept = self._places(task, index, rows, old)
         encoded = {name: old.column(name).take(kept) for name in old.column_names if name in self.setup.columns}

@@ -21,7 +21,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import claim_of, newest_number
+from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import detect_artifact, other_kind
 from aecore.artifact.root import stage_folders
 from aecore.data.format.footer import Footer
@@ -30,6 +30,7 @@ from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
 from aecore.table.part import (
+    QUARANTINE_SCHEMA,
     Column,
     fixed_size_list,
     has_gaps,
@@ -98,6 +99,19 @@ class LatentTable:
     def files(self) -> list[str]:
         """Return the paths (or `s3://` addresses) of the parts: exactly the rows of this generation, for any Parquet reader."""
         return [f"{self.url}/{part.file.name}" for part in self.parts]
+
+    def quarantine(self) -> pa.Table:
+        """Return the samples of this generation that have no row, with the reason; `quarantine/` also has those of replaced parts.
+
+        Those that the dataset itself has in quarantine are not among them: see `Dataset.quarantine`.
+        """
+
+        def read() -> pa.Table:
+            refused = [(part.quarantine, part.quarantined) for part in self.parts if part.quarantine is not None]
+            tables = [read_part(self.store, ref, rows=rows).replace_schema_metadata(None) for ref, rows in refused]
+            return pa.concat_tables([QUARANTINE_SCHEMA.remove_metadata().empty_table(), *tables])
+
+        return self._read(read)
 
     def sql(self, name: str = "latents") -> str:
         """Return the SQL (DuckDB) that makes a view `name` of the rows of this generation, with `split` as a column."""
@@ -313,11 +327,14 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: Footer) ->
 
 
 def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]) -> list[str]:
-    """Return which parts have other columns than another part of the same generation of their dataset: all have those of its index."""
-    first: dict[int, tuple[TablePart, pa.Schema]] = {}
+    """Return which parts have other columns than another part of the same shard: both have those of its index.
+
+    Shards that one claim wrote have the same columns too, but where it compacted those of several generations: no table says which did.
+    """
+    first: dict[tuple[str, str], tuple[TablePart, pa.Schema]] = {}
     problems = []
     for part, schema in zip(parts, schemas, strict=True):
-        other, wanted = first.setdefault(claim_of(part.shard), (part, schema))
+        other, wanted = first.setdefault((part.split, part.shard), (part, schema))
         if schema.names != wanted.names:
             differing = ", ".join(sorted({*schema.names} ^ {*wanted.names})) or "their order"
             problems.append(f"{part.file.name} has other columns than {other.file.name} ({differing})")

@@ -106,7 +106,10 @@ def _equal(facts: Mapping[str, Any]) -> str:
         return "none"
     example = facts["examples"][0]
     keys = example if isinstance(example, list) else [f"{name}: {', '.join(keys)}" for name, keys in example.items()]
-    return f"{_count(facts['samples'], 'sample')} of {_count(facts['contents'], 'content')}, for example {' = '.join(keys)}"
+    found = f"{_count(facts['samples'], 'sample')} of {_count(facts['contents'], 'content')}"
+    if facts["remaining"] < facts["contents"]:  # the others are left out
+        found = f"{facts['remaining'] or 'none'} in the dataset; in the source {found}"
+    return f"{found}, for example {' = '.join(keys)}"
 
 
 def _unusual(facts: Mapping[str, Any]) -> str:

@@ -39,8 +39,10 @@ def plan_pipeline(recipe: Recipe) -> Tree:
 def _next(recipe: Recipe, plans: Tree, todo: list[Round]) -> Tree:
     """Return what would follow from a generation that sharding would make: what of it is trained on is known only when it is there."""
     shard = plans.get("shard")
-    if shard is None or ("nothing new" in shard["notes"] and not any(change["samples"] for change in shard["changes"].values())):
+    if shard is None or "nothing new" in shard["notes"]:
         return {}
     if recipe.refresh.policy == "keep":
-        return {"then": f"{todo[-1].run} encodes the new generation"}
-    return {"then": f"a new run if the new generation changes what {todo[-1].run} is trained on, else that encodes it"}
+        then = f"{todo[-1].run} encodes the new generation"
+    else:
+        then = f"a new run if the new generation changes what {todo[-1].run} is trained on, else that encodes it"
+    return {"then": f"{then} (train and encode are checked here with the generation that is there)"}

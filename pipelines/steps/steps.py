@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aecore.artifact.documents import parse_json
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import absolute_url, open_store
 from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe, build_section
 from pipelines.recipe.yaml import Tree, value_at
@@ -114,7 +114,7 @@ def _equal_content(out: str, made: Any) -> Tree:
     from aecore.data.dataset import Dataset
     from aecore.data.write.report import read_report
 
-    with contextlib.suppress(DataError):
+    with contextlib.suppress(DataError, StoreError):  # the generation is committed, whatever happens here
         report = read_report(Dataset(open_store(out), made)) or {}
         return {name: report[name] for name in ("left_out", "duplicates", "leaks", "contradicting_labels") if name in report}
     return {}

@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from aecore.artifact.commit import read_record
+from aecore.artifact.commit import claim_of, read_record
 from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
+from aecore.data.manifest import ShardRef
+from aecore.data.sources.dataset import DatasetSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
 from aecore.data.write.job import shard_dataset
@@ -24,13 +27,13 @@ from aecore.encoding.job import EncodePlan, EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.maintenance.compare import compare
 from aecore.maintenance.gc import DAY_S, collect_garbage
-from aecore.store import FileRef
+from aecore.store import FileRef, LocalStore
 from aecore.table import verify as verify_module
 from aecore.table.part import part_metadata
 from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from tests.aecore.data.removals import live_keys, remove
-from tests.aecore.encoding import ae_config, encode, folder_dataset, image_folder, saved_run, tree, undecodable_png
+from tests.aecore.encoding import ae_config, encode, folder_dataset, image_folder, saved_run, sprites_dataset, tree, undecodable_png
 
 SPEC = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True)
 
@@ -182,10 +185,16 @@ def test_the_quarantine_goes_with_the_part(tmp_path: Path, run: str) -> None:
     assert table.manifest.quarantined == 2
     refused = pq.read_table(tmp_path / "table/quarantine/train-000000-t000002.parquet")
     assert sorted(refused["key"].to_pylist()) == ["train/square/bad-2", "train/square/bad-3"]
+    assert table.quarantine().equals(refused), "not that of the part that was replaced too"
+    compact_dataset(data, 0)
+    table = encode(run, data, tmp_path / "table", SPEC)
+    refused = pq.read_table(tmp_path / "table" / table.parts[0].quarantine.name)
+    assert {*refused["shard"].to_pylist()} == {table.parts[0].shard} == {open_dataset(data).manifest.shards[0].stem}
     require_as_fresh(table, run, data, tmp_path / "fresh")
     remove(data, ["train/square/bad-2", "train/square/bad-3"])
     table = encode(run, data, tmp_path / "table", SPEC)
-    assert table.manifest.quarantined == 0 and not (tmp_path / "table/quarantine/train-000000-t000003.parquet").exists()
+    assert table.quarantine().num_rows == 0 and table.quarantine().schema.equals(refused.schema)
+    assert table.manifest.quarantined == 0 and not list((tmp_path / "table/quarantine").glob("*-t000004.parquet"))
     require_as_fresh(table, run, data, tmp_path / "fresh-2")
 
 
@@ -597,3 +606,37 @@ def test_a_table_has_none_of_the_samples_whose_content_others_have(tmp_path: Pat
     assert table.num_rows == 12
     assert [key for key in rows_of(table) if "/z" in key] == [f"train/{first.parent.name}/zy"]
     require_as_fresh(table, run, out, tmp_path / "fresh-2")
+
+
+def test_a_table_follows_a_compaction_of_shards_with_different_columns(tmp_path: Path, data: str, run: str) -> None:
+    more = sprites_dataset(tmp_path / "sprites", num_samples=40, max_samples=20)  # whose index has factors
+    out = str(tmp_path / "merged")
+    for url in (data, f"{data}::{more}"):
+        shard_dataset(DatasetSpec(url=url, name="all"), out, SplitSpec(by="folders"), ShardSpec(max_samples=20))
+    encode(run, out, tmp_path / "table", SPEC)
+    dataset = open_dataset(out)
+    remove(out, [key for shard in dataset.manifest.split("train") for key in dataset.index(shard)["key"].to_pylist()[:12]])
+    compact_dataset(out, 0.3)
+    shards = [shard for shard in open_dataset(out).manifest.split("train") if shard.lost]
+    claims, columns = ({each(shard) for shard in shards} for each in (lambda shard: claim_of(shard.stem), _columns(out)))
+    assert len(claims) == 1 < len(columns), "one claim wrote shards with different columns"
+    table = encode(run, out, tmp_path / "table", SPEC)
+    assert "factor_scale" in table.columns
+    require_as_fresh(table, run, out, tmp_path / "fresh")
+
+
+def _columns(data: str) -> Callable[[ShardRef], frozenset[str]]:
+    return lambda shard: frozenset(open_dataset(data).index(shard).column_names)
+
+
+def test_gc_asks_for_no_part_that_was_collected_before(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = three_generations(tmp_path, data, run)
+    gone = {*collect(table, 8)}
+    asked, size = list[str](), LocalStore.size
+
+    def sized(store: LocalStore, name: str) -> int | None:
+        asked.append(name)
+        return size(store, name)
+
+    monkeypatch.setattr(LocalStore, "size", sized)
+    assert gone and collect(table, 8) == [] and not gone & {*asked}

@@ -1,6 +1,8 @@
 """A withdrawn generation: no reader opens it, and what is committed of it while it is withdrawn says so, whichever comes first."""
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +15,7 @@ from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
+from aecore.data.write.report import ensure_report
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.encoding.job import encode_dataset
@@ -175,6 +178,22 @@ def test_figures_of_a_withdrawn_generation_are_not_finished(
     with pytest.raises(DataError, match="generation 2 of .* was withdrawn"):
         write_figures(run, data, str(tmp_path / "figures"), EvaluateSpec(split="train"))
     assert (tmp_path / "figures/figures.json").exists() is not before
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_report_of_a_generation_that_is_withdrawn_says_what_has_to_go(
+    data: str, withdraw_at: Callable[[str, bool], None], before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_dataset(data)
+    assert dataset.number == 2 and not (Path(data) / "report/000002.json").exists()
+    withdraw_at("report/000002.json" if before else "report/000002.sha256", before)
+    assert ensure_report(dataset, {}) is None
+    assert re.search(
+        r"generation 2 of .* was withdrawn .* while .*/report/000002\.json was committed, .* remove .*/report/000002", caplog.text
+    )
+    caplog.clear()
+    shutil.rmtree(Path(data) / "report")
+    assert ensure_report(dataset, {}) is None and "was withdrawn" in caplog.text and not (Path(data) / "report").exists()
 
 
 def test_a_run_stays_on_its_generation_by_number_and_hash(data: str, tmp_path: Path) -> None:

@@ -357,7 +357,9 @@ def test_a_dry_run_says_what_would_be_trained(source: Path, tmp_path: Path, caps
     nothing = plan()
     assert "then" not in nothing["refresh"] and nothing["train"]["finished"]
     add(source)
-    assert "a new run if the new generation changes what run is trained on" in plan()["refresh"]["then"]
+    then = plan()["refresh"]["then"]
+    assert "a new run if the new generation changes what run is trained on" in then
+    assert then.endswith("(train and encode are checked here with the generation that is there)")
     with pytest.raises(Killed):
         tick(root, "continue", before=functools.partial(killed_before, "train"))
     wanted = plan()

@@ -1,5 +1,6 @@
 """What the command line says of a dataset's content: the report, equal samples, whose it is, and what another one has."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from aecore.data.dataset import open_dataset
 from pipelines.cli.main import main
 from tests.aecore.data.tiny import encoded, image
+from tests.filefaults import faults
 
 HERE = ("cluster.num_workers=0", "shards.max_bad=1")
 
@@ -38,6 +40,7 @@ def test_equal_samples_are_reported_by_every_run_and_by_show(folder, tmp_path, c
         assert found["leaks"] == {
             "samples": 2,
             "contents": 1,
+            "remaining": 1,
             "examples": [{"train": ["train/a/0"], "val": ["val/b/0"]}],
             "splits": {"train, val": 1},
         }
@@ -114,3 +117,11 @@ def test_datasets_are_compared_by_content_and_by_values(folder, tmp_path, capsys
     found = summary(capsys, "compare", *pair, "--values")
     assert (found["same_content"], found["same_values"], found["differences"]["added"]["samples"]) == (False, True, 4)
     assert "same_values" not in summary(capsys, "compare", *pair)
+
+
+def test_a_report_that_the_disk_does_not_give_fails_no_run(folder, tmp_path, capsys):
+    command = ["shard", str(folder), str(tmp_path / "dataset"), *HERE]
+    first = summary(capsys, *command)
+    with faults(tmp_path / "dataset/report", "open", errno.EIO) as found:
+        again = summary(capsys, *command)
+    assert found.raised and again["generation"] == first["generation"] and "leaks" in first and "leaks" not in again

@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from aecore.artifact.commit import newest_number
 from aecore.data.format.index import INDEX_SCHEMA, QUARANTINE_SCHEMA, content_sha256, read_table
 from aecore.data.format.limits import split_by_limits
 from aecore.data.format.record import Sample
 from aecore.data.format.tar import different_headers, end_of_archive
-from aecore.data.manifest import ShardRef, tar_store
+from aecore.data.manifest import STEM, ShardRef, read_manifest, tar_store
 from aecore.data.read.layout import REMEDY, Layout
 from aecore.errors import DataError
 from aecore.native.bytes_column import BytesColumn
@@ -62,9 +63,15 @@ class ShardReader:
 
     @cached_property
     def _descriptor(self) -> int:
-        descriptor = self._tars.open(self.shard.tar)
+        descriptor = self._opened()
         self._close = weakref.finalize(self, close_read, descriptor)
         return descriptor
+
+    def _opened(self) -> int:
+        try:
+            return self._tars.open(self.shard.tar)
+        except DataError as error:
+            raise self._changed_by_owner() or error from error
 
     @cached_property
     def index(self) -> pa.Table:
@@ -165,7 +172,7 @@ class ShardReader:
 
     def _reopened(self) -> int:
         """Open the tar again under the number of the descriptor, which other threads may be reading."""
-        descriptor = self._tars.open(self.shard.tar)
+        descriptor = self._opened()
         try:
             return os.dup2(descriptor, self._descriptor, inheritable=False)
         finally:
@@ -282,8 +289,24 @@ class ShardReader:
         if wrong.any():
             raise self._damaged(int(rows[np.argmax(wrong)]))
 
+    def _changed_by_owner(self) -> DataError | None:
+        """Return the error about an adopted tar of which nothing is live in the newest generation; None if it should be as it was."""
+        newest = newest_number(self._store, STEM) if self._adopted and self.shard.live else None
+        if newest is None:
+            return None
+        try:
+            there = read_manifest(self._store, newest).splits.get(self.shard.split, ())
+        except DataError:  # of that manifest, which is not the one that is read
+            return None
+        if not any(shard.stem == self.shard.stem and not shard.live for shard in there):
+            return None
+        return DataError(
+            f"{self._name} was changed in place, or removed, by its owner since it was indexed: generation {newest} of {self._store.url} "
+            "follows it; use that one, or restore the tar"
+        )
+
     def _damaged(self, row: int) -> DataError:
-        return DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")
+        return self._changed_by_owner() or DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")
 
 
 def _pread(size: int, position: int, descriptor: int) -> bytes:

@@ -32,6 +32,7 @@ pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 WINDOW_SAMPLES, WINDOW_BYTES = 1 << 14, 32 << 20  # that are read ahead, shard by shard
 MOST_PLACES = 4_000_000  # samples whose places are kept in memory (about 50 bytes each)
 _FIRST = ("key", "source", "bytes", "label_name", "split", "group", "state", "reason", "message")  # of a row; further columns follow
+_FURTHER = "column."  # before the name of each of these, which may be one of the others
 
 
 @spec
@@ -95,6 +96,7 @@ class DatasetSource:
             raise ConfigError(f"source.url names a dataset twice ({', '.join(self.urls)}): give each once")
         self._names = _names(self.urls) if len(self.urls) > 1 or datasets.keys == "prefixed" else [""]
         self._known: OrderedDict[str, _Places] = OrderedDict()
+        self._shards = dict[str, dict[str, tuple[Dataset, ShardRef]]]()  # by address and stem, of the generations that were opened
         self.generations = dict[str, int]()
         self.layouts = dict[str, str]()  # by which the arrays of a dataset are read, where it has any
 
@@ -134,7 +136,9 @@ class DatasetSource:
         if pc.any(is_bad).as_py():
             why = zip(given["reason"], given["message"], strict=True)
             unusable = [None if reason is None else BadSample(reason, message) for reason, message in why]
-        columns: dict[str, Any] = {name: rows[name].combine_chunks() for name in rows.column_names if name not in _FIRST}  # any: arrays
+        columns: dict[str, Any] = {  # any: arrays
+            name.removeprefix(_FURTHER): rows[name].combine_chunks() for name in rows.column_names if name not in _FIRST
+        }
         return Listing(
             keys,
             given["source"],
@@ -210,11 +214,21 @@ class DatasetSource:
         """Return the places of the samples of a part, `[<name>/]<stem>`."""
         if part not in self._known:
             name, _, stem = part.rpartition("/")
-            self._known[part] = _places_of(*_find(self.urls[self._names.index(name)], stem))
+            self._known[part] = _places_of(*self._find(self.urls[self._names.index(name)], stem))
             while len(self._known) > 1 and sum(map(len, self._known.values())) > MOST_PLACES:
                 self._known.popitem(last=False)
         self._known.move_to_end(part)
         return self._known[part]
+
+    def _find(self, url: str, stem: str) -> tuple[Dataset, ShardRef]:
+        """Return a shard of the newest generation that names it: what was listed may have been retired since.
+
+        A generation is opened once, not once for each of its shards.
+        """
+        known = self._shards.setdefault(url, {})
+        if stem not in known:
+            known.update(_shards_with(url, stem))
+        return known[stem]
 
 
 def require_writable(source: Source, out: str, layout: str) -> None:
@@ -267,7 +281,8 @@ def _rows(dataset: Dataset, name: str) -> Iterator[pa.Table]:
             "state": index["sha256"],
         }
         further = [column for column in index.column_names if column not in INDEX_SCHEMA.names and column != SOURCE_SHA256]
-        yield _table(shard, given | {column: index[column].cast(plain_type(index[column].type)) for column in further}, len(index))
+        given |= {f"{_FURTHER}{column}": index[column].cast(plain_type(index[column].type)) for column in further}
+        yield _table(shard, given, len(index))
     for part in dataset.manifest.parts:
         if part.live_quarantined:
             yield _quarantined(dataset, part, above)
@@ -309,8 +324,8 @@ def _united(tables: Sequence[pa.Table], urls: Sequence[str]) -> pa.Table:
                     united = pa.unify_schemas([pa.schema([(field.name, kind)]), pa.schema([field])], promote_options="permissive")
                 except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
                     raise DataError(
-                        f"the column {field.name!r} has values of type {kind} in {there} and {field.type} in {url}: a column has one type; "
-                        "shard one of them again with another name or type for it"
+                        f"the column {field.name.removeprefix(_FURTHER)!r} has values of type {kind} in {there} and {field.type} in {url}: "
+                        "a column has one type; shard one of them again with another name or type for it"
                     ) from error
                 known[field.name] = united.field(0).type, there
         raise
@@ -338,16 +353,15 @@ def _places_of(dataset: Dataset, shard: ShardRef) -> _Places:
     return _Places(dataset, shard, begins, sizes, digests, codes.dictionary.to_pylist(), codes.indices.to_numpy().astype(np.int8))
 
 
-def _find(url: str, stem: str) -> tuple[Dataset, ShardRef]:
-    """Return a shard of the newest generation that names it: what was listed may have been retired since."""
-    newest = open_dataset(url)
-    dataset = newest
+def _shards_with(url: str, stem: str) -> dict[str, tuple[Dataset, ShardRef]]:
+    """Return the shards, by their stems, of the newest generation that names this one; DataError if none does."""
+    dataset = newest = open_dataset(url)
     for number in range(newest.number, 0, -1):
         if number < newest.number:
             if newest.store.size(f"{STEM}.{number:06d}.json") is None:
                 break
             dataset = Dataset(newest.store, read_manifest(newest.store, number))
-        for shard in dataset.manifest.shards:
-            if shard.stem == stem:
-                return dataset, shard
+        shards = {shard.stem: (dataset, shard) for shard in dataset.manifest.shards}
+        if stem in shards:
+            return shards
     raise DataError(f"{url} has no shard {stem} any more: run the same command again, which lists its samples anew")

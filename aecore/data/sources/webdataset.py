@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from aecore.artifact.documents import parse_json
 from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._external_tars import ExternalTars
@@ -491,7 +491,7 @@ def parse_source(source: str) -> tuple[str, Member]:
 
 def _title(name: str) -> str:
     """Return the column of the index that a field of the json member becomes."""
-    return f"{_OF_JSON}{name}" if name in INDEX_SCHEMA.names else name
+    return f"{_OF_JSON}{name}" if name in (*INDEX_SCHEMA.names, SOURCE_SHA256) else name
 
 
 def _require_text(name: str, value: Field) -> None:

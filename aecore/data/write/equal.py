@@ -105,6 +105,16 @@ def equal_content(rows: pa.Table) -> dict[str, Any]:  # any: plain JSON data
     }
 
 
+def reported(ledger: pa.Table, left: pa.Table) -> dict[str, Any]:  # any: plain JSON data
+    """Return `equal_content` of the samples of a ledger and of those that are left out.
+
+    `remaining` of each kind are the contents that still are such without the latter: what a reader of the dataset finds.
+    """
+    there = equal_content(ledger)
+    found = equal_content(pa.concat_tables([ledger, left])) if len(left) else there
+    return {name: {**facts, "remaining": there[name]["contents"]} for name, facts in found.items()}
+
+
 def require_allowed(rows: pa.Table, policy: Policy, url: str) -> None:
     """DataError if there are duplicates or leaks and the policy refuses them."""
     if "refuse" not in (policy.duplicates, policy.leaks):
@@ -124,7 +134,7 @@ def require_allowed(rows: pa.Table, policy: Policy, url: str) -> None:
 
 
 def lines_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:  # any: plain JSON data
-    """Return what `equal_content` found, each kind as a sentence for a log."""
+    """Return what `reported` found, each kind as a sentence for a log."""
     lines = []
     for name, what in (
         ("duplicates", "{} have the content of another one ({}, for example {})"),
@@ -135,6 +145,8 @@ def lines_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:  # any: plain J
         if facts["contents"]:
             contents = counted(facts["contents"], "content", "contents")
             samples = counted(facts["samples"], "sample", "samples")
+            if facts["remaining"] < facts["contents"]:  # the others are left out
+                samples, contents = f"{samples} of the source", f"{contents}, still so in the dataset: {facts['remaining'] or 'none'}"
             lines.append((name, what.format(samples, contents, _example(facts["examples"][0]))))
     return lines
 

@@ -72,6 +72,8 @@ class Rules:
         Whether a file of several frames is several samples.
     split_folders : bool
         Whether the top folders are the splits.
+    named_places : bool
+        Whether `source` is a place that other samples may have later, and no file: a sample that is not listed is gone, whatever is there.
     policy : Policy
         What becomes of samples of equal content.
     """
@@ -86,6 +88,7 @@ class Rules:
     tars: Tars | None = None
     all_frames: bool = False
     split_folders: bool = False
+    named_places: bool = False
     policy: Policy = field(default_factory=Policy)
 
 
@@ -104,8 +107,10 @@ class Changes:
         another one, or which are left out no more (without `sample_sha256`).
     was_left, left : table
         What was known of samples that the generation before left out, and what is known of those that still are.
-    excess : bool
-        Whether the policy leaves out samples that are there.
+    excess : table
+        Samples that are there, and that the policy leaves out.
+    noted : bool
+        Whether samples that are left out are gone from the source, or have another class, bag or column: what is said of them changes.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -121,7 +126,8 @@ class Changes:
     left_out: bool
     was_left: pa.Table
     left: pa.Table
-    excess: bool
+    excess: pa.Table
+    noted: bool
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
@@ -154,13 +160,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
     was_bad = _mask(before["quarantined"])
     moved = ~is_changed & _differ(now, before, "split")
-    relabelled = (
-        ~is_changed
-        & ~moved
-        & ~was_bad
-        & ~was_out
-        & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
-    )
+    relabelled = ~is_changed & ~moved & ~was_bad & ~was_out & _otherwise(now, before)
     reasons = np.zeros(len(known), np.int8)  # numbers of `_REASONS`
     for mask, reason in (
         (is_changed & was_bad, "retried"),
@@ -190,7 +190,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         reasons[gone] = _GONE
     if rules.accept_filter:
         reasons[outside] = _GONE
-    excess, back = False, was_out & ~is_changed & ~was_bad & ~moved
+    excess, back = known.slice(0, 0), was_out & ~is_changed & ~was_bad & ~moved
     if not rules.policy.is_plain:
         again = ~is_changed & ~was_bad & (moved | relabelled)  # with the same content
         excess, back = _equal_content([filtered(known, ~out & (reasons == 0)), others], now, before, again, back, rules)
@@ -219,6 +219,8 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         )
         if mask.any()
     }
+    if len(excess):
+        shown["left_out"] = (excess, np.ones(len(excess), np.bool_))
     reasons[whole] = _CHANGED
     is_removed |= whole
     return Changes(
@@ -230,6 +232,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         was_left=left,
         left=pa.concat_tables([_as_listed(filtered(now, still), filtered(before, still)), left_by_others]),
         excess=excess,
+        noted=bool(forgotten.any() or (_otherwise(now, before) & still & settled).any()),
         shown={name: _shown(*each) for name, each in shown.items()},
     )
 
@@ -268,20 +271,20 @@ def _by_origin(table: pa.Table, origin: str) -> tuple[pa.Table, pa.Table]:
     return filtered(table, own), filtered(table, ~own)
 
 
-def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[bool, Mask]:
-    """Return whether the policy leaves out samples that are there, and which of the `left` ones it does not leave out any more.
+def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[pa.Table, Mask]:
+    """Return the samples that are there and that the policy leaves out, and which of the `left` ones it does not leave out any more.
 
     `stay` are rows that stay; of the listed ones (`now`, as they were `before`) those are `written` again whose content is the same.
     DataError if the policy refuses what is there.
     """
-    back = np.zeros(len(now), np.bool_)
+    back, columns = np.zeros(len(now), np.bool_), [*CONTENT, "source"]
     listed = now.set_column(now.column_names.index("sample_sha256"), "sample_sha256", before["sample_sha256"])
-    parts = [table.select(CONTENT) for table in (*stay, filtered(listed, written), filtered(listed, left))]
-    rows, given = pa.concat_tables(parts), len(parts[-1])
+    parts = [table.select(columns) for table in (*stay, filtered(listed, written), filtered(listed, left))]
+    rows, there = pa.concat_tables(parts), sum(map(len, parts[:-1]))
     require_allowed(rows, rules.policy, rules.url)
     why = dropped(rows, rules.policy) != ""
-    back[left] = ~why[len(rows) - given :]
-    return bool(why[: len(rows) - given].any()), back
+    back[left] = ~why[there:]
+    return filtered(rows, why & (np.arange(len(rows)) < there)), back
 
 
 def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:
@@ -295,8 +298,7 @@ def _renewed_left(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
     """Return the rows of samples that are left out, as they are listed now, where that is something else."""
     now, before = filtered(now, stays), filtered(before, stays)
     differ = _differ(now, before, "state") & _mask(pc.is_valid(now["state"]))
-    for name in ("label_name", "group", "columns"):
-        differ |= _differ(now, before, name)
+    differ |= _otherwise(now, before)
     return _as_listed(filtered(now, differ), filtered(before, differ))
 
 
@@ -398,7 +400,8 @@ def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Ru
     if not missing.any():
         return renamed, reframed
     there = filtered(known, missing)["source"]
-    renamed[missing] = _is_in(there, asked["source"].filter(pa.array(_is_in(asked["source"], there))))
+    if not rules.named_places:
+        renamed[missing] = _is_in(there, asked["source"].filter(pa.array(_is_in(asked["source"], there))))
     if rules.all_frames:
         files, there = (pc.replace_substring_regex(sources, FRAME_ENDING, "") for sources in (asked["source"], there))
         reframed[missing] = _is_in(there, files)
@@ -519,6 +522,10 @@ def _differ(now: pa.Table, before: pa.Table, name: str) -> Mask:
     pairs = slices(now.select([name]), before.select([name]))
     parts = (_mask(pc.not_equal(*(pc.fill_null(table[name], "") for table in pair))) for pair in pairs)
     return np.concatenate([np.zeros(0, np.bool_), *parts])
+
+
+def _otherwise(now: pa.Table, before: pa.Table) -> Mask:
+    return _differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns")
 
 
 def _is_in(values: Column, known: Column) -> Mask:

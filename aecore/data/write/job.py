@@ -175,6 +175,9 @@ def adopt_shards(
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None, started: float) -> DatasetManifest | PlanSummary:
     if dry_run:
         plan = work.plan(claim=1)
+        if "drop" in (work.policy.duplicates, work.policy.leaks) and len(work.fresh):
+            unread = "which of the new samples are left out (shards.duplicates, splits.leaks) is known only after they are read"
+            plan = dataclasses.replace(plan, notes=(*plan.notes, unread))
         _warn_of_orphans(work, plan)
         _warn_of_plan(work, plan)
         return plan.summary(known=len(work.listing) - len(work.fresh), changes=work.shown)
@@ -194,8 +197,10 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
 def _report(dataset: Dataset, seconds: Mapping[str, float], known: tuple[pa.Table, pa.Table] | None = None, before: Any = None) -> None:
     """Make the report of a generation unless it is there, and log what it says of equal content."""  # any: a table or None
     report = ensure_report(dataset, seconds, known, before)
-    for name, line in () if report is None else lines_of(report):
-        log = logger.info if name == "duplicates" else logger.warning
+    if report is None:
+        return
+    for name, line in lines_of(report):
+        log = logger.info if name == "duplicates" or not report[name]["remaining"] else logger.warning
         log("%s: %s", dataset.url, line)
 
 
@@ -251,7 +256,7 @@ class _Work:
             return True
         renewed = self.changes.renewed
         little = is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0)
-        return little and not len(self.changes.removed) and not self.changes.excess
+        return little and not (len(self.changes.removed) or len(self.changes.excess) or self.changes.noted)
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
@@ -279,7 +284,29 @@ class _Work:
         in_names = self.splits.by == "folders" and self.listing.paths is not None and not self.listing.label_paths
         where = ": the names of the files say the split" if in_names else ""
         chosen = (f"splits.by=auto chose {self.splits.by}{where}",) if self.asked.by == "auto" else ()
-        return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
+        return dataclasses.replace(plan, notes=(*chosen, *self._notes(), *plan.notes))
+
+    def _notes(self) -> Iterator[str]:
+        """Yield that nothing is new, or why the next generation is written although no sample is."""
+        if self.is_idle:
+            yield "nothing new"
+        elif not len(self.fresh):
+            yield "no new sample"
+        parent = self.parent
+        if parent is not None and self.removal != parent.removal:
+            yield f"shards.removed: {parent.removal or 'not set'} becomes {self.removal or 'not set'}"
+        before = self.policy if parent is None else _policy_of(parent)
+        for name, old, new in (
+            ("shards.duplicates", before.duplicates, self.policy.duplicates),
+            ("splits.leaks", before.leaks, self.policy.leaks),
+        ):
+            if new != old:
+                yield f"{name}: {old} becomes {new}"
+        if parent is not None and self.about != parent.about:
+            yield "about: other statements than before"
+        renewed = 0 if self.changes is None else len(self.changes.renewed)
+        if renewed and not self.is_idle and not any(found["samples"] for found in self.shown.values()):
+            yield f"new times or addresses of {counted(renewed, 'sample', 'samples')} are recorded: their bytes are the same"
 
 
 def _compare(
@@ -374,6 +401,7 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         tars=tars,
         all_frames=takes_frames(source),
         split_folders=work.splits.by == "folders",
+        named_places=source.kind == "dataset",
         policy=work.policy,
     )
     changes = compare(listing, placed, ledger, left, rules)
@@ -539,7 +567,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None, spent: dict[str
     counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
-    if changes := ", ".join(f"{name} {found['samples']}" for name, found in work.shown.items() if found["samples"]):
+    if changes := ", ".join(f"{name} {found['samples']}" for name, found in work.shown.items() if found["samples"] and name != "left_out"):
         logger.info("%s: %s", store.url, changes)
     if left := len(listing.left):
         logger.info("%s: %s left out, whose content others have", store.url, counted(left, "sample is", "samples are"))
@@ -694,7 +722,7 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
                 f"manifest says {parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
             )
         new = self._new
-        ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
+        ledger, merged = self._known_with(new), parent is not None and _is_merged(parent)
         self.ledger = ledger
         content = self._background.submit(samples_sha256, ledger)
 
@@ -710,6 +738,14 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
         counts = {stem: record.detail for stem, record in by_part.items() if stem in self._tasks}
         return listed, Living(work.removal, content.result(), removed, details, counts, merged)
+
+
+def _is_merged(parent: DatasetManifest) -> bool:
+    """Return whether the next listing takes the place of all that a manifest names: many, or of before there were states.
+
+    What the latter do not say is read from all indexes, so each run would do so again.
+    """
+    return len(parent.listings) >= MOST_LISTINGS or parent.removal is None
 
 
 def _make_worker(work: _Work, handed: Handed) -> Callable[[], Worker]:

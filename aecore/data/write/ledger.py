@@ -93,7 +93,8 @@ def read_listing(store: Store, ref: FileRef, *, large: bool = False) -> pa.Table
 
 def removed_rows(store: Store, parts: Sequence[ShardRef | RejectedPart]) -> pa.Table:
     """Return split, ordinal, key and reason of all that is removed of these parts."""
-    tables = [place_removed(part, table) for part in parts if (table := read_removed(store, part)) is not None]
+    found = map_ordered(lambda part: (part, read_removed(store, part)), parts, threads=READERS)
+    tables = [place_removed(part, table) for part, table in found if table is not None]
     return pa.concat_tables(tables) if tables else REMOVED_PLACES.empty_table()
 
 

@@ -97,9 +97,9 @@ class DatasetPlan:
         return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes, changes or {})
 
 
-def _require_free_columns(listing: Listing, shards: ShardSpec) -> None:
+def _require_free_columns(listing: Listing) -> None:
     """Raise DataError if the source names a further column like one that the index has anyway: it would take that one's place."""
-    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names, *([SOURCE_SHA256] if shards.converts else [])})
+    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names, SOURCE_SHA256})
     if taken:
         raise DataError(
             f"the source gives {', '.join(map(repr, taken))} as further columns, which are columns of every index: give labels as "
@@ -200,7 +200,7 @@ def plan_parts(
     written: NDArray[np.bool_] | None = None,
 ) -> DatasetPlan:  # any: as above
     """Return the plan that writes the placed samples, or those of them that are `written`, as `plan_dataset` does."""
-    _require_free_columns(listing, shards)
+    _require_free_columns(listing)
     labelled = dataclasses.replace(listing, label_names=placed.names, splits=None)  # tasks are of one split each
     members = {split: rows if written is None else rows[written[rows]] for split, rows in placed.members.items()}
     members = {split: rows for split, rows in members.items() if len(rows)}
@@ -230,7 +230,7 @@ def plan_parts(
             )
             tasks.append(task)
     counts = [f"{split} {len(rows)}" for split, rows in members.items()]
-    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
+    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ()
     num_bytes = int((listing.sizes if written is None else listing.sizes[written]).sum())
     notes = (*counted, *_unusable_notes(listing, written), *listing.notes)
     return DatasetPlan(tuple(tasks), placed.classes, placed.splits, num_bytes, notes)

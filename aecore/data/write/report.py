@@ -21,13 +21,14 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from aecore.artifact.documents import read_document, sealed
+from aecore.artifact.withdrawn import made_of
 from aecore.data.dataset import Dataset
 from aecore.data.format.image import ImageHeader
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.format.record import array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef, read_manifest
-from aecore.data.write.equal import TRAIN, equal_content
+from aecore.data.write.equal import TRAIN, reported
 from aecore.data.write.ledger import read_known
 from aecore.data.write.remove import live_details
 from aecore.data.write.splits import hashes
@@ -54,7 +55,7 @@ _PLAIN = {"L": 1, "RGB": 3}  # modes whose small PNGs are decoded in one call
 
 
 _COUNTS = {str: int}
-_EQUAL = {"samples": int, "contents": int, "examples": [{str: [str]}]}
+_EQUAL = {"samples": int, "contents": int, "remaining": int, "examples": [{str: [str]}]}
 _FEW = {"samples": int, "formats": _COUNTS, "examples": [str]}
 _SUMS = {"channels": int, "dtype": str, "samples": int, "values": int, "sum": [float], "squares": [float], "mean": [float], "std": [float]}
 _FORM = {
@@ -156,7 +157,8 @@ def ensure_report(
             started = time.perf_counter()
             report = _made(dataset, read_known(dataset.store, dataset.manifest) if known is None else known, before)
             report["seconds"] = {name: round(spent, 3) for name, spent in {**seconds, "report": time.perf_counter() - started}.items()}
-            _put(dataset.store, dataset.number, report)
+            with made_of(dataset.url, dataset.number, f"{dataset.url}/{report_name(dataset.number)}"):  # examples are keys of samples
+                _put(dataset.store, dataset.number, report)
         return report
     except (
         AecoreError,
@@ -197,7 +199,7 @@ def _made(dataset: Dataset, known: tuple[pa.Table, pa.Table], before: pa.Table |
         "manifest_sha256": _manifest_sha256(dataset),
         "counts": _counts(dataset),
         "left_out": len(left),
-        **equal_content(pa.concat_tables([ledger, left]) if len(left) else ledger),
+        **reported(ledger, left),
         **_unusual(dataset),
         "pixels": _pixels(dataset, ledger, before),
     }
@@ -406,7 +408,7 @@ def _first(places: NDArray[np.uint64], ordinals: Int64s, most: int) -> Int64s:
 def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64], chosen: Int64s, before: pa.Table) -> _Sums | None:
     """Return the sums of the report of the parent without those of samples that are chosen no more, and with those of new ones.
 
-    None if there is no such report, its sums are no whole numbers, or it were as much work.
+    None if there is no such report, its sums are no whole numbers, what went cannot be read any more, or it were as much work.
     """
     try:
         there = read_report(Dataset(dataset.store, read_manifest(dataset.store, dataset.manifest.parent)))
@@ -424,7 +426,11 @@ def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64],
     came, went = np.setdiff1d(chosen, old), np.setdiff1d(old, chosen)
     if not known.is_exact or len(came) + len(went) > len(chosen):
         return None
-    return known.less(_measured(dataset, went)).plus(_measured(dataset, came))
+    try:
+        lost_sums = _measured(dataset, went)
+    except AecoreError:  # of an adopted tar that its owner has changed: they are not there any more
+        return None
+    return known.less(lost_sums).plus(_measured(dataset, came))
 
 
 def _measured(dataset: Dataset, ordinals: Int64s) -> _Sums:

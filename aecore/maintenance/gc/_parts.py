@@ -1,7 +1,7 @@
 """Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and no command will finish."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from aecore.artifact.commit import claim_of
 from aecore.artifact.documents import read_json
@@ -36,7 +36,8 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
     if kind == DATASET:
         _plan_reports(plan, ledger)
     groups: dict[int, list[str]] = {number: [] for number in ledger.claims}
-    for name in _files(store, kind):
+    there = list(_files(store, kind))
+    for name in there:
         is_record = name.startswith("records/")
         if name in ledger.files or (is_record and name.removeprefix("records/").removesuffix(".json") in ledger.stems):
             continue
@@ -45,18 +46,21 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
             plan.not_ours.append(name)
         else:
             groups.setdefault(claim, []).append(name)
-    _plan_replaced(plan, ledger)
+    _plan_replaced(plan, ledger, {*there})
     gone = [claim for claim in sorted(groups) if _plan_group(plan, ledger, claim, groups[claim])]
     _plan_claims(plan, ledger, gone)
     plan.temporary_files()
     return ledger
 
 
-def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
-    """Plan the parts that no kept generation names and that were replaced long enough ago; the others wait."""
+def _plan_replaced(plan: Plan, ledger: Ledger, there: Collection[str]) -> None:
+    """Plan the parts that no kept generation names and that were replaced long enough ago; the others wait.
+
+    Most of all that was ever replaced is not `there` any more, so it is not asked for name by name.
+    """
     store, kept, young = plan.store, list[str](), dict[int, bool]()
     for name, number in ledger.replaced.items():
-        if store.size(name) is None:
+        if name not in there:
             continue
         if number not in young:
             written = store.modified(f"{ledger.kind}.{number:06d}.json")

@@ -17,6 +17,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.manifest import DatasetManifest
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import Listing, _detect
+from aecore.data.sources import dataset as dataset_source
 from aecore.data.sources.dataset import DatasetSource, DatasetSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
@@ -325,6 +326,41 @@ def test_a_lost_dataset_removes_nothing(data: Path, tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path / "out")).number == 1
 
 
+@pytest.mark.parametrize("removed", ["keep", "drop"])
+def test_a_dataset_that_was_made_anew_has_other_samples_at_the_same_places(tmp_path: Path, removed: str) -> None:
+    folder(images(tmp_path / "one", {f"c/a{number}": number for number in range(20)}), tmp_path / "data")
+    again(tmp_path / "out", tmp_path / "data", removed=removed)
+    shutil.rmtree(tmp_path / "data")
+    folder(images(tmp_path / "two", {f"c/b{number}": 100 + number for number in range(20)}), tmp_path / "data")
+    if removed == "drop":
+        with pytest.raises(DataError, match="would lose 20 of 20 samples"):
+            again(tmp_path / "out", tmp_path / "data")
+        assert again(tmp_path / "out", tmp_path / "data", max_removed=1).num_samples() == 20
+        same(tmp_path / "out", tmp_path / "data")
+    else:
+        assert again(tmp_path / "out", tmp_path / "data").num_samples() == 40
+        assert problems(tmp_path / "out") == ()
+
+
+@pytest.mark.parametrize("name", ["state", "bytes", "reason", "message", "split"])
+def test_a_further_column_may_have_any_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a", "a", 6, {name: pa.array([f"v{number}" for number in range(6)])})
+    write(tmp_path / "b", "b", 6, {name: pa.array([*"uvwxyz"])})
+    again(tmp_path / "out", tmp_path / "a")
+    same(tmp_path / "out", tmp_path / "a")
+    assert again(tmp_path / "out", tmp_path / "a").number == 1
+    merged = again(tmp_path / "both", tmp_path / "a", tmp_path / "b")
+    assert (merged.num_samples(), merged.quarantined, [*merged.splits]) == (12, 0, ["train"])
+    write(tmp_path / "c", "c", 6, {name: pa.array(range(6))})
+    with pytest.raises(DataError, match=f"the column {name!r} has values of type string in .*/a and int64 in .*/c"):
+        again(tmp_path / "other", tmp_path / "a", tmp_path / "c")
+
+
+def test_no_further_column_is_named_as_the_hash_of_the_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gives 'source_sha256' as further columns"):
+        write(tmp_path / "a", "a", 6, {"source_sha256": pa.array([*"abcdef"])})
+
+
 def test_arrays_keep_the_layout_by_which_they_are_read(tmp_path: Path) -> None:
     for number in range(3):
         path = tmp_path / f"arrays/{number}.npy"
@@ -370,3 +406,15 @@ def test_a_dataset_that_version_1_wrote_is_a_source(tmp_path: Path) -> None:
     assert mine == theirs != {} and problems(tmp_path / "out") == ()
     assert made.content_sha256 is not None and made.quarantined == open_dataset(str(url)).manifest.quarantined
     assert compact_dataset(str(url), 0).parts == (), "nothing was ever removed there"
+
+
+def test_a_dataset_is_opened_once_whatever_number_of_shards_it_has(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_one = list[str](), dataset_source.open_dataset
+
+    def counted(url: str) -> Dataset:
+        opened.append(url)
+        return open_one(url)
+
+    monkeypatch.setattr(dataset_source, "open_dataset", counted)
+    again(tmp_path / "again", data)
+    assert len(open_dataset(str(data)).manifest.shards) > 2 >= len(opened), "once to list it, once by the worker"

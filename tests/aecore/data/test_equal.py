@@ -1,6 +1,7 @@
 """Equal content: duplicates, leaks, contradicting labels. What a dataset leaves out depends on the samples alone, not on their history."""
 
 import io
+import logging
 import os
 import random
 import shutil
@@ -19,15 +20,19 @@ from hypothesis import HealthCheck, given, settings
 
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write import job
 from aecore.data.write.equal import CONTENT, Policy, dropped, equal_content
 from aecore.data.write.job import adopt_shards
 from aecore.data.write.ledger import MOST_LISTINGS, read_known
+from aecore.data.write.plan import PlanSummary
+from aecore.data.write.report import read_report
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError
+from tests.aecore.data.rows_source import ROWS, RowsSpec
 from tests.aecore.data.test_living import V1, committed, pictures, put, reasons, require_fresh, rows_of, shard
 from tests.aecore.data.tiny import encoded, image
 
@@ -173,6 +178,24 @@ def test_samples_that_are_left_out_are_not_read_again(tmp_path, monkeypatch):
     put(tmp_path / "src", {"new.png": encoded(image(4))})
     shard(source, tmp_path / "out")
     assert sum(read) == 0
+
+
+def test_what_is_said_of_samples_that_are_left_out_follows_the_source(tmp_path):
+    def run(keys: str, labels: str) -> tuple[int, int, int, int]:
+        sources, count = ["t" if key == "z" else "s" for key in keys], len(keys)
+        ROWS["left out"] = Listing([*keys], sources, np.full(count, 144), label_names=[*labels], states=["1"] * count)
+        made = shard(RowsSpec(rows="left out"), tmp_path / "out", duplicates="drop")
+        report = read_report(open_dataset(str(tmp_path / "out")))
+        assert report is not None and made.num_samples() == 2
+        return made.number, report["left_out"], report["duplicates"]["samples"], report["contradicting_labels"]["samples"]
+
+    assert run("abcz", "xyxx") == (1, 2, 3, 3)
+    assert run("abcz", "xyxx") == (1, 2, 3, 3)
+    assert run("abcz", "xxxx") == (2, 2, 3, 0), "the label was put right"
+    assert run("abz", "xxx") == (3, 1, 2, 0), "one is gone"
+    assert run("abz", "xxx") == (3, 1, 2, 0)
+    assert run("az", "xx") == (4, 0, 0, 0)
+    assert verify_dataset(open_dataset(str(tmp_path / "out")), read_data=True).problems == ()
 
 
 def test_a_leak_leaves_train_and_comes_back_when_the_held_out_one_goes(tmp_path):
@@ -352,3 +375,51 @@ def test_killed_anywhere_the_same_command_leaves_out_the_same(tmp_path, monkeypa
         assert shard(source, out, splits, duplicates="drop") == expected, fault
         assert {name: data for name, (data, _) in committed(out).items() if name in names} == names, fault
         assert verify_dataset(open_dataset(str(out)), read_data=True).report == "ok", fault
+
+
+def would(source: FolderSpec, out: Path, splits: SplitSpec | None = None, **shards: Any) -> PlanSummary:
+    plan = job.shard_dataset(source, str(out), splits or SplitSpec(), ShardSpec(**shards), dry_run=True)
+    assert isinstance(plan, PlanSummary)
+    return plan
+
+
+@pytest.mark.parametrize(("splits", "shards"), [(SplitSpec(leaks="drop"), {}), (SplitSpec(), {"duplicates": "drop"})])
+def test_a_dry_run_says_what_another_policy_leaves_out(tmp_path, splits, shards):
+    source = put(tmp_path / "src", dict.fromkeys(["train/x/1.png", "val/x/2.png"], encoded(image(1))))
+    assert not any("are left out" in note for note in would(source, tmp_path / "out").notes)
+    assert any("left out" in note and "after they are read" in note for note in would(source, tmp_path / "out", splits, **shards).notes)
+    shard(source, tmp_path / "out")
+    assert "nothing new" in would(source, tmp_path / "out").notes
+    plan = would(source, tmp_path / "out", splits, **shards)
+    assert plan.changes["left_out"]["samples"] == 1 and len(plan.changes["left_out"]["examples"]) == 1
+    assert "nothing new" not in plan.notes and any(note.endswith(" becomes drop") for note in plan.notes)
+    assert shard(source, tmp_path / "out", splits, **shards).num_samples() == 1
+    assert "nothing new" in would(source, tmp_path / "out", splits, **shards).notes
+    plan = would(source, tmp_path / "out", SplitSpec(leaks="warn"), duplicates="keep")
+    assert sum(plan.samples.values()) == 1 and any("drop becomes" in note for note in plan.notes)
+
+
+def test_the_report_says_what_of_it_is_still_in_the_dataset(tmp_path, caplog):
+    files = dict.fromkeys(["train/x/1.png", "val/x/2.png"], encoded(image(1))) | dict.fromkeys(
+        ["train/x/3.png", "train/y/4.png"], encoded(image(2))
+    )
+    source = put(tmp_path / "src", files)
+
+    def remaining(**leaks: Any) -> tuple[int, int, int, set[str]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            shard(source, tmp_path / "out", SplitSpec(**leaks))
+        report = read_report(open_dataset(str(tmp_path / "out")))
+        assert report is not None
+        counts = [report[name]["remaining"] for name in ("duplicates", "leaks", "contradicting_labels")]
+        return *counts, {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+
+    *counts, warned = remaining()
+    assert counts == [2, 1, 1] and any("in another split (1 content, for" in line for line in warned)
+    for _ in range(2):  # by the run that makes the generation, and by one that makes none
+        *counts, warned = remaining(leaks="drop")
+        assert counts == [1, 0, 1] and not any("in another split" in line for line in warned)
+        assert (
+            "2 samples of the source have the content of one in another split (1 content, still so in the dataset: none, for" in caplog.text
+        )
+        assert any("of another class (1 content, for" in line for line in warned)

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.index import data_members
 from aecore.data.read.loader import Loader
 from aecore.data.read.verify import verify_dataset
 from aecore.data.read.webdataset import as_webdataset
@@ -21,11 +23,14 @@ from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
-from aecore.data.write.ledger import MOST_LISTINGS
+from aecore.data.write.ledger import MOST_LISTINGS, read_ledger
+from aecore.data.write.report import report_state
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError
 from aecore.maintenance.gc import collect_garbage
+from aecore.store import LocalStore, _states
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.removals import live_content
 from tests.aecore.data.test_removal import key_of, number_of, write_folder
 from tests.aecore.data.tiny import encoded, image
@@ -192,11 +197,66 @@ def test_adopted_tars_that_their_owner_changed_or_removed_are_not_needed_any_mor
             member.size = len(data := encoded(image(number)))
             tar.addfile(member, io.BytesIO(data))
     adopt()
+    assert report_state(open_dataset(str(out))) == "ok", "what went cannot be read any more"
     require_whole(out, before=False)
     assert {140, 141} <= set(numbers_of(out, "train"))
-    with pytest.raises(DataError):
+    newest = open_dataset(str(out)).number
+    by_owner = f"was changed in place, or removed, by its owner since it was indexed: generation {newest} of {out} follows it"
+    with pytest.raises(DataError, match=rf"{gone} {by_owner}"):
         list(as_webdataset(str(out), number=1))
+    gone.write_bytes((tmp_path / "made/shards" / gone.name).read_bytes())
+    with pytest.raises(DataError, match=rf"{changed} {by_owner}"):
+        list(as_webdataset(str(out), number=1))
+    whole = next(shard for shard in open_dataset(str(out)).manifest.split("train") if shard.live)
+    with (tars / whole.tar.name).open("r+b") as tar:
+        tar.seek(data_members(open_dataset(str(out)).index(whole))[1][0])
+        tar.write(b"damage")
+    with pytest.raises(DataError, match=f"{whole.tar.name} is damaged at sample"):
+        list(as_webdataset(str(out)))
 
 
 def _numbers(out: Path, shard: Any) -> list[int]:  # any: a ShardRef
     return [number_of(key) for key in open_dataset(str(out)).index(shard)["key"].to_pylist()]
+
+
+def test_a_dataset_of_before_reads_its_indexes_once_to_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_states, "YOUNG_NS", 0)
+    source, out = FolderSpec(url=str(write_folder(tmp_path / "in", range(NUM)))), tmp_path / "out"
+    run(source, out)
+    grows_only(out)
+    run(source, out, removed="drop")
+    assert len(open_dataset(str(out)).manifest.listings) == 1, "it says all that indexes and claims do"
+    require_whole(out)
+    read, reading = list[str](), LocalStore.read
+
+    def seen(store: LocalStore, name: str, **options: Any) -> bytes:
+        read.append(name)
+        return reading(store, name, **options)
+
+    monkeypatch.setattr(LocalStore, "read", seen)
+    dataset = open_dataset(str(out))
+    assert len(read_ledger(dataset.store, dataset.manifest)) == NUM
+    assert [name for name in read if name.startswith(("shards/", "quarantine/", "run."))] == []
+    monkeypatch.undo()
+    next((tmp_path / "in").rglob("*.png")).unlink()
+    run(source, out)
+    require_whole(out)
+
+
+def test_removal_files_are_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = FolderSpec(url=str(write_folder(tmp_path / "in", range(NUM)))), tmp_path / "out"
+    run(source, out)
+    for path in sorted((tmp_path / "in").rglob("*.png"))[::3]:
+        path.unlink()
+    run(source, out)
+    dataset, reading = open_dataset(str(out)), LocalStore.read
+    both = threading.Barrier(2, timeout=10)  # broken if nothing else is read meanwhile
+
+    def met(store: LocalStore, name: str, **options: Any) -> bytes:
+        if name in first:
+            both.wait()
+        return reading(store, name, **options)
+
+    first = [part.removed.file.name for part in dataset.manifest.parts if part.removed is not None][:2]
+    monkeypatch.setattr(LocalStore, "read", met)
+    assert len(first) == 2 and len(read_ledger(dataset.store, dataset.manifest)) == NUM - len(range(0, NUM, 3))

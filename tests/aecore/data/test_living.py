@@ -190,7 +190,10 @@ class TestStates:
         later = {name: ("2", data) for name, data in pixels.items()}
         assert shard(stated(later), tmp_path / "out") == first
         assert len(Stated.read_names) == 4
+        assert "nothing new" in shard_dataset(stated(later), str(tmp_path / "out"), dry_run=True).notes
         monkeypatch.setattr(reread, "LITTLE_SAMPLES", 4)
+        notes = shard_dataset(stated(later), str(tmp_path / "out"), dry_run=True).notes
+        assert notes[-2:] == ("no new sample", "new times or addresses of 4 samples are recorded: their bytes are the same")
         made = shard(stated(later), tmp_path / "out")
         assert (made.number, made.dataset_sha256, made.content_sha256) == (2, first.dataset_sha256, first.content_sha256)
         assert made.shards == first.shards
@@ -219,6 +222,7 @@ class TestStates:
         files["a/1.png"] = ("1", good[:20])
         first = shard(stated(files), tmp_path / "out")
         assert (first.num_samples(), first.quarantined) == (1, 1)
+        assert open_dataset(str(tmp_path / "out")).quarantine()["key"].to_pylist() == ["a/1"]
         assert shard(stated(files), tmp_path / "out") == first
         assert Stated.read_names == []
         files["a/1.png"] = ("2", good[:20])  # touched, and as bad as before
@@ -227,6 +231,8 @@ class TestStates:
         made = shard(stated(files), tmp_path / "out")
         assert (made.num_samples(), made.quarantined, dict(made.reasons)) == (2, 0, dict.fromkeys(made.reasons, 0))
         assert reasons(made, tmp_path / "out") == {"retried": 1}
+        assert len(open_dataset(str(tmp_path / "out")).quarantine()) == 0
+        assert len(open_dataset(str(tmp_path / "out"), 1).quarantine()) == 1, "that generation had it"
 
     def test_many_listings_are_merged(self, tmp_path, stated):
         files: dict[str, tuple[str | None, bytes]] = {}

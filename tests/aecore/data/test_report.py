@@ -1,8 +1,10 @@
 """The report of a generation: its numbers against plain ones, over generations; missing or damaged it is no fault of the dataset."""
 
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write import report as reports
-from aecore.data.write.job import shard_dataset
+from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.report import read_report, report_name
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
@@ -24,6 +27,15 @@ from aecore.store import open_store
 from tests.aecore.data.test_living import V1, pictures, put, shard
 from tests.aecore.data.tiny import encoded, image
 from tests.documents import rewrite
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def report_of(url: Path) -> dict[str, Any]:
@@ -106,6 +118,19 @@ def test_a_generation_has_the_numbers_of_a_fresh_dataset_and_decodes_what_change
     for report in (mine, fresh):
         report["tiny"].pop("examples")  # some, of whatever shard
     assert mine == fresh
+
+
+def test_a_tar_that_was_changed_in_place_makes_the_report_of_what_is_there(tmp_path, caplog):
+    for number, name in enumerate(("a", "b")):
+        write_tar(tmp_path / f"tars/{name}.tar", {f"{name}{row}.png": encoded(image(10 * number + row)) for row in range(6)})
+    source = WebdatasetSpec(url=str(tmp_path / "tars"))
+    adopt_shards(source, str(tmp_path / "out"))
+    write_tar(tmp_path / "tars/a.tar", {f"a{row}.png": encoded(image(50 + row)) for row in range(4)})
+    adopt_shards(source, str(tmp_path / "out"), shards=ShardSpec(max_removed=1))
+    assert "cannot be made" not in caplog.text
+    adopt_shards(source, str(tmp_path / "fresh"))
+    mine, fresh = (the_same(report_of(tmp_path / name)) for name in ("out", "fresh"))
+    assert {**mine, "tiny": {}} == {**fresh, "tiny": {}}, "whose examples are some, of whatever shard"
 
 
 def test_values_that_are_no_numbers_make_no_report_unreadable(tmp_path):
@@ -225,6 +250,8 @@ class TestAbout:
     def test_strange_values_are_refused(self, tmp_path):
         with pytest.raises(ConfigError, match=r"about\.owner is 'a\\nb', expected one line"):
             AboutSpec(owner="a\nb")
+        with pytest.raises(ConfigError, match=r"about\.description .* is no text here"):
+            AboutSpec(description="of a name that is no UTF-8: \udcff")
         made = self.say(put(tmp_path / "src", pictures(["a.png"])), tmp_path / "out", owner="me")
         rewrite(tmp_path / "out/dataset.000001.json", about={"owner": 3})
         with pytest.raises(DataError, match="about says owner 3"):
