@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from aecore.data.format.spill import ranges
+from aecore.data.format.spill import filtered, ranges, take_rows
 from aecore.data.sources._filter import FILTERS
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
@@ -69,7 +69,7 @@ def dropped(rows: pa.Table, policy: Policy) -> NDArray[Any]:  # any: texts
     at, group = _groups(rows)
     if not len(at):
         return why
-    some = rows.select(["split", "key"]).take(at).combine_chunks()
+    some = take_rows(rows.select(["split", "key"]), at)
     held = _mask(pc.is_in(some["split"], value_set=pa.array(HELD_OUT)))
     leak, drops = np.zeros(len(at), np.bool_), policy.leaks == "drop"
     if drops:
@@ -90,7 +90,7 @@ def equal_content(rows: pa.Table) -> dict[str, Any]:  # any: plain JSON data
     the different contents that this concerns, `samples` all samples of these; examples are those of the smallest keys.
     """
     at, group = _groups(rows)
-    some = rows.select(list(CONTENT)).take(at).combine_chunks()
+    some = take_rows(rows.select(["split", "key", "label_name"]), at)
     named = _mask(pc.not_equal(pc.fill_null(some["label_name"], ""), ""))
     splits, in_splits = _several(group, some["split"], np.ones(len(at), np.bool_))
     _, contradicting = _several(group, some["label_name"], named)
@@ -159,20 +159,24 @@ def _example(example: Mapping[str, list[str]] | list[str]) -> str:
 
 def _facts(some: pa.Table, group: NDArray[np.int64], mask: Mask, by: str | None) -> dict[str, Any]:  # any: plain JSON data
     """Return the counts of the rows of a mask and the examples of their groups; with `by` keys by the values of that column."""
-    chosen, numbers = some.filter(pa.array(mask)), group[mask]
+    chosen, numbers = filtered(some.select(["key"] if by is None else ["key", by]), mask), group[mask]
     order = pc.sort_indices(chosen["key"]).to_numpy()
-    _, first = np.unique(numbers[order], return_index=True)
+    numbers = numbers[order]
+    _, first = np.unique(numbers, return_index=True)
     examples: list[Any] = []  # any: lists of keys, or such by value
-    for number in numbers[order][np.sort(first)[:SHOWN]].tolist():
-        rows = chosen.filter(pa.array(numbers == number)).sort_by("key")
-        keys: list[Any] = rows["key"].to_pylist()  # any: texts
-        values = [None] * len(keys) if by is None else rows[by].to_pylist()
-        found: dict[Any, list[str]] = {}
-        for value, key in zip(values, keys, strict=True):
-            found.setdefault(value, []).append(key)
-        shown = {value: keys[:SHOWN] for value, keys in sorted(found.items(), key=lambda item: item[1])}
-        examples.append(shown[None] if by is None else shown)
+    for number in numbers[np.sort(first)[:SHOWN]].tolist():
+        rows = order[numbers == number]
+        if by is None:
+            examples.append(_keys(chosen, rows))
+            continue
+        values = chosen[by].take(pa.array(rows))
+        found = {value: _keys(chosen, rows[_mask(pc.equal(values, value))]) for value in values.unique().to_pylist()}
+        examples.append(dict(sorted(found.items(), key=lambda item: item[1])))
     return {"samples": len(chosen), "contents": len(first), "examples": examples}
+
+
+def _keys(chosen: pa.Table, rows: NDArray[Any]) -> list[Any]:  # any: integers of any width; texts
+    return chosen["key"].take(pa.array(rows[:SHOWN])).to_pylist()
 
 
 def _several(group: NDArray[np.int64], values: Column, mask: Mask) -> tuple[dict[int, list[str]], Mask]:
