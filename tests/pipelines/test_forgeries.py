@@ -685,7 +685,8 @@ READS: dict[str, Callable[[LatentTable], object]] = {
     "arrow": lambda table: table.keys,
     "dataset": lambda table: table.dataset().to_table(),
 }
-REFUSED = ["a column", "a column among the others", "no log_var", "no label", "other order", "float64", "row groups"]
+# a column among the others is found by verify, which has the index: a compaction writes shards with different columns
+REFUSED = ["a column", "no log_var", "no label", "other order", "float64", "row groups"]
 
 
 @pytest.mark.parametrize("read", READS)
