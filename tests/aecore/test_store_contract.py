@@ -235,7 +235,14 @@ def test_a_scheme_is_one_entry_of_the_table(memory_url, tmp_path, monkeypatch):
         MemoryStore(images).put(path.relative_to(tmp_path / "in").as_posix(), path.read_bytes(), role="part")
     shard_dataset(FolderSpec(url=images), out)
     assert verify_dataset(open_dataset(out), read_data=True).ok and open_dataset(out).manifest.num_samples() == 6
-    assert {name.partition("/")[0] for name in MEMORY[out]} == {"dataset.000001.json", "listings", "records", "run.000001.json", "shards"}
+    assert {name.partition("/")[0] for name in MEMORY[out]} == {
+        "dataset.000001.json",
+        "listings",
+        "records",
+        "report",
+        "run.000001.json",
+        "shards",
+    }
     with pytest.raises(ConfigError, match=r"scheme 'memorie': paths, file://, s3:// and memory:// URLs .*did you mean 'memory'"):
         absolute_url("memorie://x")
     with pytest.raises(ConfigError, match="did you mean memory://x/y"):

@@ -122,7 +122,7 @@ def test_compaction_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     told = json.loads(printed(capsys, "gc", str(data), "--compact", "0.5", "--json"))
     part = {"part": "train-000000", "by": "train-g000003-000000", "live": 1, "removed": 3, "bytes": told["compaction"]["parts"][0]["bytes"]}
     assert told["compaction"] == {
-        "url": str(data), "generation": 3, "share": 0.5, "parts": [part], "adopted": [], "dry_run": False
+        "url": str(data), "generation": 3, "share": 0.5, "parts": [part], "adopted": [], "left_out": [], "dry_run": False
     }  # fmt: skip
     assert told["files"] == 0 and [item["what"] for item in told["waiting"]] == ["replaced parts"]
     assert "wrote 0 parts again, without 0 removed samples" in printed(capsys, "gc", str(data), "--compact", "0.5")

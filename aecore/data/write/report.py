@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -123,11 +124,27 @@ def _unlike(found: Any, form: Any, where: str = "it") -> str | None:  # any: pla
 
 
 def report_state(dataset: Dataset) -> str:
-    """Return `ok`, `missing`, or what is wrong with the report of a generation. Neither is a fault of the dataset."""
+    """Return `ok`, `missing`, or what is wrong with the report of a generation, or an earlier one. Neither is a fault of the dataset."""
     try:
-        return "missing" if read_report(dataset) is None else "ok"
+        report = read_report(dataset)
+        _require_earlier(dataset)
     except DataError as error:
         return f"damaged: {error}"
+    return "missing" if report is None else "ok"
+
+
+def _require_earlier(dataset: Dataset) -> None:
+    """DataError if the report of another generation is not what the file beside it states."""
+    store, there = dataset.store, {*dataset.store.list(FOLDER)}
+    for number in range(1, dataset.number):
+        name = report_name(number)
+        if {PurePosixPath(name).name, PurePosixPath(_hash_name(number)).name} <= there and store.read(_hash_name(number)) != _hash_line(
+            number, store.read(name)
+        ):
+            raise DataError(
+                f"{store.url}/{name} is not what {_hash_name(number)} states: one of them was changed; nothing needs the report of an "
+                "earlier generation: remove both"
+            )
 
 
 def ensure_report(

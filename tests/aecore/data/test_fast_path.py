@@ -319,7 +319,7 @@ def test_an_interrupt_right_after_the_threads_have_begun_ends_them(tmp_path, way
         pass
     del run
     gc.collect()
-    assert len(os.listdir("/proc/self/task")) == tasks
+    assert len(os.listdir("/proc/self/task")) <= tasks  # threads of earlier tests may have ended meanwhile
 
 
 def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_path):

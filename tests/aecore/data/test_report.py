@@ -197,6 +197,19 @@ def test_missing_or_damaged_it_is_named_made_again_and_no_fault(tmp_path, how, c
     assert how in ("gone", "no hash", "folder") or "it is made again" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["000001.json", "000001.sha256"])
+def test_verify_names_a_changed_report_of_an_earlier_generation(tmp_path, name):
+    shard(put(tmp_path / "src", {"a.png": encoded(image(1))}), tmp_path / "out")
+    shard(put(tmp_path / "src", {"b.png": encoded(image(2))}), tmp_path / "out")
+    assert verify_dataset(open_dataset(str(tmp_path / "out"))).report == "ok"
+    path = tmp_path / "out/report" / name
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+    checked = verify_dataset(open_dataset(str(tmp_path / "out")))
+    assert checked.ok and "report/000001.json is not what" in checked.report and "remove both" in checked.report
+
+
 def test_a_report_that_cannot_be_made_fails_no_run(tmp_path, monkeypatch, caplog):
     def fail(*_: Any) -> Any:
         raise OSError("no space left")
